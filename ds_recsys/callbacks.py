@@ -1,0 +1,58 @@
+"""What a Trainer calls as it goes: subclass `Callback` and override what you need."""
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Callback:
+    """Every method is called on every rank; the engine is `trainer.engine`, the counters are in `trainer.state`."""
+
+    def on_train_begin(self, trainer) -> None:
+        """Before the first step, after a resume."""
+
+    def on_step_end(self, trainer, loss) -> None:
+        """After each optimizer step. `loss` is a 0-d tensor on the device: reading it waits for the device."""
+
+    def on_validation(self, trainer, metrics: dict[str, float]) -> None:
+        """After each validation, with its figures."""
+
+    def on_train_end(self, trainer) -> None:
+        """After the last step."""
+
+
+class Progress(Callback):
+    """Rank 0: a bar with loss, samples/s and time left on a terminal; elsewhere one line per validation."""
+
+    def on_train_begin(self, trainer) -> None:
+        self._bar = self._loss = None
+        self._started, self._from_step = time.monotonic(), trainer.state["step"]
+        if trainer.is_main and sys.stderr.isatty():
+            samples = trainer.engine.train_batch_size()
+            self._bar = tqdm(
+                total=trainer.total_steps * samples, initial=self._from_step * samples, unit="sample", unit_scale=True
+            )
+
+    def on_step_end(self, trainer, loss) -> None:
+        self._loss = loss
+        if self._bar is not None:
+            self._bar.update(trainer.engine.train_batch_size())
+            if trainer.state["step"] % 10 == 0:
+                self._bar.set_postfix(loss=f"{loss.item():.3f}")
+
+    def on_validation(self, trainer, metrics) -> None:
+        if not trainer.is_main:
+            return
+        step, seconds = trainer.state["step"], time.monotonic() - self._started
+        done = max(step - self._from_step, 1)
+        left = seconds / done * (trainer.total_steps - step)
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        line = (
+            f"step {step}/{trainer.total_steps}  loss {self._loss.item():.4f}  {figures}  "
+            f"{done * trainer.engine.train_batch_size() / seconds:.0f} samples/s  {left:.0f} s left"
+        )
+        tqdm.write(line) if self._bar is not None else print(line, flush=True)
+
+    def on_train_end(self, trainer) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,79 @@
+"""Every private name of DeepSpeed that the package leans on, in one place.
+
+tests/test_compat.py fails with the name and this file's line when a DeepSpeed version moves one of them.
+"""
+import contextlib
+import types
+
+import torch
+
+
+def skip_compiled_collectives() -> None:
+    """Keep `init_distributed` on CPU from compiling `deepspeed_shm_comm`.
+
+    The build takes about 40 s at the first start and needs a C++ compiler, which slim images lack; gloo serves without it.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def clip_tied_weights_once(engine) -> None:
+    """Clip fp32 gradients by their true norm, also when a weight is tied between stages.
+
+    DeepSpeed 0.19 clips by default (at 1.0). Its ZeRO and bf16 optimizers skip the copies of a tied weight that it marks
+    as `ds_pipe_replicated`; the plain path of stage 0 counts each copy, so the norm would grow with the number of stages.
+    """
+
+    def clip_fp32_gradients(self):
+        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        owned = [parameter.grad for parameter in parameters if not parameter.ds_pipe_replicated]
+        square = torch.nn.utils.get_total_norm(owned).float().square().to(self.device)
+        torch.distributed.all_reduce(square, group=self.mpu.get_model_parallel_group())
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), square.sqrt())
+
+    engine.clip_fp32_gradients = types.MethodType(clip_fp32_gradients, engine)
+
+
+def seed_dropout(engine, step: int) -> None:
+    """Make the dropout of the coming `train_batch` a function of (base seed, step), whatever ran before it.
+
+    PipelineModule with `seed_layers` derives each layer's seed from the number of forward passes so far.
+    """
+    engine.module.micro_offset = step * engine.micro_batches
+
+
+def forward_only(engine, batches, micro_batches: int) -> list | None:
+    """Run `micro_batches` forward passes; the last stage gets the list of its outputs, the other stages None.
+
+    `eval_batch` writes the mean of its output to the monitor and adds the outputs up. Neither suits outputs that are
+    hidden states of different lengths, so the monitor is off, the sum is dropped, and shapes travel with each tensor.
+    """
+    engine.reset_activation_shape()
+    with _forward_only(engine):
+        outputs = engine.eval_batch(
+            iter(batches), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=micro_batches
+        )
+    engine.reset_activation_shape()
+    return outputs
+
+
+class _DropSum:
+    """A running total that forgets what is added to it."""
+
+    def __iadd__(self, other):
+        return self
+
+
+@contextlib.contextmanager
+def _forward_only(engine):
+    changed = {"dynamic_shape": True, "total_loss": _DropSum()}
+    before = {name: getattr(engine, name) for name in changed}
+    monitor = engine.monitor.enabled
+    try:
+        vars(engine).update(changed)
+        engine.monitor.enabled = False
+        yield
+    finally:
+        vars(engine).update(before)
+        engine.monitor.enabled = monitor

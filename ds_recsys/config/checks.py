@@ -1,0 +1,155 @@
+"""What must hold between keys, before any process group exists. Each function raises one-line `UserError`s.
+
+`check_file` needs the file alone; `check_grid` the world size; `check_pipeline_engine` holds only for what the trainer
+drives, DeepSpeed's PipelineEngine (a plain engine of the user's may well use ZeRO 2 or 3); `check_model` the model.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from ds_recsys.config.schema import Recsys
+from ds_recsys.errors import UserError
+
+# The names of layers, width and heads in Hugging Face configs (attribute_map covers these on a config object).
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def check_file(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> None:
+    """The checks that need nothing but the config."""
+    for key in BATCH_KEYS:
+        value = deepspeed.get(key)
+        if value is not None and value != "auto" and (type(value) is not int or value < 1):
+            raise UserError(f'{source}: "{key}" is {value!r}; give a positive integer or "auto"')
+    bf16 = deepspeed.get("bf16", deepspeed.get("bfloat16"))
+    if _enabled(deepspeed.get("fp16")) and _enabled(bf16):
+        raise UserError(f'{source}: "fp16.enabled" and "bf16.enabled" are both true; keep one of them')
+    for name in ("optimizer", "scheduler"):
+        block = deepspeed.get(name)
+        if block and not isinstance(block.get("type"), str):
+            raise UserError(f'{source}: "{name}.type" is {block.get("type")!r}; name one, or remove the block')
+        if block and not isinstance(block.get("params", {}), dict):
+            raise UserError(f'{source}: "{name}.params" is {block["params"]!r}; give an object')
+    check_bounds(recsys.partition.bounds, recsys.pipe, None, source)
+    if recsys.model.num_layers is not None and recsys.model.num_layers < recsys.pipe:
+        raise UserError(
+            f'{source}: "recsys.model.num_layers" {recsys.model.num_layers} is less than "recsys.pipe" {recsys.pipe}: '
+            "a stage would be empty; lower pipe or raise num_layers"
+        )
+    if recsys.model.config is not None:
+        check_model(recsys, recsys.model.config, source)
+
+
+def check_bounds(bounds: list[int] | None, pipe: int, num_layers: int | None, source: str) -> None:
+    """`bounds` must be `pipe` + 1 rising cuts from 0 to `num_layers` (the pipeline's layers; None: not known yet)."""
+    if bounds is None:
+        return
+    what = f'{source}: "recsys.partition.bounds" {bounds}'
+    if len(bounds) != pipe + 1:
+        raise UserError(f'{what} has {len(bounds)} values, "recsys.pipe" {pipe} needs {pipe + 1}; give one per cut')
+    if bounds[0] != 0:
+        raise UserError(f"{what} starts at {bounds[0]}; start at 0, the first pipeline layer")
+    if any(right <= left for left, right in itertools.pairwise(bounds)):
+        raise UserError(f"{what} does not rise, so a stage would be empty; give each stage a layer")
+    if num_layers is not None and bounds[-1] != num_layers:
+        raise UserError(f"{what} ends at {bounds[-1]}, the model has {num_layers} pipeline layers; end at {num_layers}")
+
+
+def check_grid(recsys: Recsys, world_size: int, source: str) -> int:
+    """The size of the data axis. `world_size` must equal pipe x data x tensor."""
+    stages = recsys.pipe * recsys.tensor
+    grid = f'"recsys.pipe" {recsys.pipe} x "recsys.tensor" {recsys.tensor}'
+    if recsys.data == "auto":
+        if world_size % stages:
+            raise UserError(
+                f"{source}: {world_size} rank(s) cannot be divided by {grid} = {stages}; "
+                f"start a multiple of {stages} ranks or change the grid"
+            )
+        return world_size // stages
+    if stages * recsys.data != world_size:
+        raise UserError(
+            f'{source}: {grid} x "recsys.data" {recsys.data} = {stages * recsys.data} but {world_size} rank(s) were '
+            f'started; start {stages * recsys.data} ranks or change the grid ("data": "auto" fits it)'
+        )
+    return recsys.data
+
+
+def check_pipeline_engine(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> None:
+    """What DeepSpeed's PipelineEngine, which the trainer always drives, cannot do."""
+    stage = zero_stage(deepspeed)
+    if stage >= 2:
+        raise UserError(
+            f'{source}: "zero_optimization.stage" {stage} with "recsys.pipe" {recsys.pipe}: the trainer always drives '
+            "DeepSpeed's PipelineEngine (also at pipe 1), which excludes ZeRO 2 and 3; set stage to 0 or 1"
+        )
+    stages = (deepspeed.get("pipeline") or {}).get("stages", "auto")
+    if stages not in ("auto", recsys.pipe):
+        raise UserError(
+            f'{source}: "pipeline.stages" {stages!r} and "recsys.pipe" {recsys.pipe} disagree; remove "pipeline.stages"'
+        )
+    interval = (deepspeed.get("pipeline") or {}).get("activation_checkpoint_interval", 0)
+    if interval not in (0, recsys.training.activation_checkpoint_interval):
+        raise UserError(
+            f'{source}: "pipeline.activation_checkpoint_interval" {interval!r} and '
+            f'"recsys.training.activation_checkpoint_interval" {recsys.training.activation_checkpoint_interval} '
+            "disagree; remove the former"
+        )
+    autotp = (deepspeed.get("tensor_parallel") or {}).get("autotp_size", 0)
+    if autotp not in (0, 1):
+        raise UserError(f'{source}: "tensor_parallel.autotp_size" {autotp!r} does not work with a pipeline; remove it')
+    if deepspeed.get("sequence_parallel_size", 1) not in (1, "auto"):
+        raise UserError(
+            f'{source}: "sequence_parallel_size" {deepspeed["sequence_parallel_size"]!r} does not work with a '
+            "pipeline; remove it"
+        )
+
+
+def check_model(recsys: Recsys, model_config: Any, source: str) -> None:
+    """Layers against stages, width against heads, heads against `tensor`; `model_config`: an HF config or its dict."""
+    layers, hidden, heads = (_number(model_config, names) for names in (_LAYERS, _HIDDEN, _HEADS))
+    layers = recsys.model.num_layers if recsys.model.num_layers is not None else layers
+    if layers is not None and layers < recsys.pipe:
+        raise UserError(
+            f'{source}: the model has {layers} decoder layer(s), fewer than "recsys.pipe" {recsys.pipe} stages; '
+            "lower pipe or use a deeper model"
+        )
+    # With a head_dim of their own the heads need not fill the hidden size (Gemma, Qwen3).
+    if hidden and heads and not _number(model_config, ("head_dim",)) and hidden % heads:
+        raise UserError(
+            f"{source}: the model's hidden size {hidden} is not divisible by its {heads} heads; change one of them"
+        )
+    if heads and heads % recsys.tensor:
+        raise UserError(
+            f'{source}: the model\'s {heads} heads are not divisible by "recsys.tensor" {recsys.tensor}; change tensor'
+        )
+
+
+def check_tensor(recsys: Recsys, source: str) -> None:
+    """Refuses a tensor axis, after `check_model` had its say about the heads."""
+    if recsys.tensor > 1:
+        raise UserError(
+            f'{source}: "recsys.tensor" {recsys.tensor}: tensor parallelism is not available in this version; '
+            "set tensor to 1 and use pipe and data"
+        )
+
+
+def zero_stage(deepspeed: Mapping[str, Any]) -> int:
+    """The ZeRO stage a config asks for; 0 without one. `true` is DeepSpeed's old spelling of stage 1."""
+    block = deepspeed.get("zero_optimization") or {}
+    stage = 1 if block is True else block.get("stage", 0)
+    return stage if isinstance(stage, int) else 0
+
+
+def _enabled(block: Any) -> bool:
+    return isinstance(block, dict) and block.get("enabled") is True
+
+
+def _number(config: Any, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if type(value) is int:
+            return value
+    return None

@@ -1,0 +1,223 @@
+"""The "recsys" block of a ds_config: one model per sub-block, one description per key."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Block(BaseModel):
+    """Unknown keys are refused and values are not converted ("2" is not 2, true is not 1); frozen."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class Partition(Block):
+    """How the layers are cut into pipeline stages."""
+
+    method: str = Field(
+        "parameters",
+        description='What is balanced over the stages: `"parameters"` (trainable parameters), `"uniform"` (layers) or '
+        '`"type:REGEX"` (layers whose class name matches), as in DeepSpeed\'s PipelineModule.',
+    )
+    bounds: list[NonNegative] | None = Field(
+        None,
+        description="The cuts themselves, in place of `method`: stage s holds pipeline layers bounds[s] to "
+        "bounds[s+1] - 1, so there are `pipe` + 1 values, the first 0, the last the number of pipeline layers.",
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value.startswith("type:") and len(value) > len("type:"):
+            return value
+        if value not in ("parameters", "uniform"):
+            raise ValueError('not a method; give "parameters", "uniform" or "type:REGEX"')
+        return value
+
+
+class Columns(Block):
+    """Columns of a log where the usual names do not fit; a number counts from 0 in a log without a header."""
+
+    user: str | NonNegative | None = Field(None, description="Column of the user id.")
+    item: str | NonNegative | None = Field(None, description="Column of the item id.")
+    timestamp: str | NonNegative | None = Field(
+        None, description="Column of the time; null, when it is written down, ignores the times: rows keep file order."
+    )
+    title: str | NonNegative | None = Field(None, description="Column of the item's title.")
+
+    def given(self) -> dict[str, str | int | None]:
+        """The columns that were written down: an absent timestamp is guessed, `"timestamp": null` ignores the times."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Dataset(Block):
+    """The interaction log, its filter, its split and how histories become training windows."""
+
+    path: str | None = Field(
+        None, description="File or folder of the log, or a name that `datasets.load_dataset` opens."
+    )
+    format: str = Field("auto", description='Layout of the log; `"auto"` recognises it from the name and first lines.')
+    columns: Columns | None = Field(None, description="Column names, where the usual ones do not fit.")
+    titles: str | None = Field(
+        "auto", description='File of the item titles; `"auto"` looks beside and inside the log, null reads none.'
+    )
+    load_options: dict[str, Any] | None = Field(
+        None, description='Keyword arguments of `datasets.load_dataset`, such as `{"split": "train"}`.'
+    )
+    min_count: NonNegative = Field(
+        0, description="k-core: users and items with fewer interactions are dropped until none is left; 0 keeps all."
+    )
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="Share of malformed rows above which the run stops before training."
+    )
+    split: Literal["leave_one_out", "global_time"] = Field(
+        "leave_one_out",
+        description="`leave_one_out`: each user's last item is the test, the one before it the validation; "
+        "`global_time`: two moments cut the whole log.",
+    )
+    valid_fraction: float = Field(
+        0.1, gt=0, lt=1, description="`global_time` only: share of the interactions, by time, that validate."
+    )
+    test_fraction: float = Field(
+        0.1, gt=0, lt=1, description="`global_time` only: share of the interactions, the latest ones, that test."
+    )
+    max_length: Positive = Field(50, description="Most items of a history that the model sees.")
+    stride: Positive | None = Field(
+        None,
+        description="Step between the training windows of one history; null covers every position exactly once.",
+    )
+    recent_only: bool = Field(False, description="Train only on the last `max_length` items of each history.")
+    cache_dir: str | Auto = Field(
+        "auto",
+        description='Where windows are cached; `"auto"` is `$XDG_CACHE_HOME/ds_recsys`, else `~/.cache/ds_recsys`.',
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Dataset":
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"valid_fraction {self.valid_fraction} + test_fraction {self.test_fraction} leave nothing to train on; "
+                "lower one of them"
+            )
+        if self.stride is not None and self.stride > self.max_length:
+            raise ValueError(
+                f"stride {self.stride} is more than max_length {self.max_length}, which would skip items; lower stride"
+            )
+        if self.recent_only and self.stride is not None:
+            raise ValueError("recent_only trains on one window a user, so stride has no meaning; remove one of them")
+        return self
+
+
+class Model(Block):
+    """The Hugging Face causal LM that becomes the recommender."""
+
+    path: str | None = Field(
+        None, description="Pretrained model: hub id, local folder, or a folder or file with a GGUF."
+    )
+    config: dict[str, Any] | None = Field(
+        None,
+        description="A model from scratch, in place of `path`: `model_type` and the keyword arguments of its Hugging "
+        "Face config; weights are random.",
+    )
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained",
+        description="With `path`: `random` keeps only its architecture (the control of a pretraining claim).",
+    )
+    num_layers: Positive | None = Field(None, description="Keep only the first decoder layers; null keeps all.")
+    tie: bool | None = Field(
+        None, description="Whether the item head shares the item embedding; null as the model has it."
+    )
+    item_init: Literal["random", "titles"] = Field(
+        "random", description="Item embeddings: random, or the model's own encoding of the titles (needs `path`)."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Model":
+        if self.path is not None and self.config is not None:
+            raise ValueError(f"path {self.path!r} and config are both given; keep one of them")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError('config has no "model_type"; add one, such as "model_type": "llama"')
+        if self.config is not None and self.item_init == "titles":
+            raise ValueError('item_init "titles" needs a pretrained model to read them; give path in place of config')
+        return self
+
+
+class Training(Block):
+    """How long to train, and the choices DeepSpeed's own keys have no word for."""
+
+    epochs: Positive | None = Field(None, description="Passes over the training windows; 3 when `steps` is null too.")
+    steps: Positive | None = Field(None, description="Optimizer steps, in place of `epochs`.")
+    eval_every_epochs: NonNegative = Field(1, description="Epochs between validations; 0 never validates.")
+    patience: Positive | None = Field(
+        None, description="Stop after this many validations without a better NDCG (at the first of `evaluation.k`)."
+    )
+    keep_best: bool = Field(True, description="End with the weights of the best validation and not with the last.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all items.")
+    activation_checkpoint_interval: NonNegative = Field(
+        0, description="Recompute activations in groups of this many layers; 0 stores them."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Training":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"epochs {self.epochs} and steps {self.steps} are both given; keep one of them")
+        if self.patience is not None and self.eval_every_epochs == 0:
+            raise ValueError(f"patience {self.patience} needs validations; set eval_every_epochs to 1 or more")
+        return self
+
+
+class Evaluation(Block):
+    """Full ranking over the catalogue."""
+
+    k: list[Positive] = Field(
+        [10], min_length=1, description="Cut-offs K of HR@K, NDCG@K and coverage@K; the first decides `patience`."
+    )
+    filter_seen: bool = Field(True, description="Leave the items of the user's history out of the ranking.")
+    batch_size: Positive | Auto = Field(
+        "auto", description='Users per batch and rank; `"auto"` keeps the scores of a batch under 64 MiB, at most 128.'
+    )
+
+    @field_validator("k")
+    @classmethod
+    def _no_repeats(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value):
+            raise ValueError("a cut-off is repeated; keep each once")
+        return value
+
+
+class Checkpoint(Block):
+    """When and where the run is saved."""
+
+    dir: str | None = Field(None, description="Folder of the checkpoints; null saves none.")
+    every_steps: Positive | None = Field(
+        None, description="Optimizer steps between saves; null saves after each epoch."
+    )
+    keep_last: Positive | None = Field(2, description="How many checkpoints stay; null keeps all.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Checkpoint":
+        if self.every_steps is not None and self.dir is None:
+            raise ValueError(f"every_steps {self.every_steps} has nowhere to save; give dir")
+        return self
+
+
+class Recsys(Block):
+    """The block itself: the grid of ranks first, then one sub-block per concern."""
+
+    pipe: Positive = Field(1, description="Pipeline stages.")
+    data: Positive | Auto = Field("auto", description='Replicas; `"auto"` is world size / (`pipe` x `tensor`).')
+    tensor: Positive = Field(1, description="Ranks that share one layer; this version has only 1.")
+    seed: NonNegative = Field(42, description="Seed of the weights, the shuffling and the dropout.")
+    threads_per_rank: Positive | Auto = Field(
+        "auto", description='CPU threads of a rank; `"auto"` divides the usable cores by the ranks on the host.'
+    )
+    partition: Partition = Field(Partition(), description="")
+    dataset: Dataset = Field(Dataset(), description="")
+    model: Model = Field(Model(), description="")
+    training: Training = Field(Training(), description="")
+    evaluation: Evaluation = Field(Evaluation(), description="")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="")

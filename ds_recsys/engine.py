@@ -1,0 +1,47 @@
+"""`initialize()`: deepspeed.initialize plus what the config's "recsys" block names."""
+import copy
+import inspect
+
+import deepspeed
+import torch
+
+from ds_recsys import compat
+from ds_recsys.config import Config, load_config
+from ds_recsys.errors import UserError
+from ds_recsys.topology import init_distributed
+
+
+def initialize(*args, **kwargs):
+    """Drop-in for `deepspeed.initialize`: same arguments, same `(engine, optimizer, dataloader, lr_scheduler)`.
+
+    The config (a path, a dict or a `ds_recsys.config.Config`; as `config`, `config_params` or `args.deepspeed_config`)
+    may hold a "recsys" block and `"auto"` batch sizes; both are checked and resolved before DeepSpeed sees the rest.
+    With no capability switched on, the run is bit-equal to plain DeepSpeed.
+
+    Raises:
+        UserError: one line naming what is wrong in the config.
+    """
+    call = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
+    namespace = call.get("args")
+    given = [call.pop(name, None) for name in ("config", "config_params")]
+    given.append(getattr(namespace, "deepspeed_config", None))
+    given = [config for config in given if config is not None]
+    if len(given) != 1:
+        raise UserError(f"ds_recsys.initialize: {len(given)} configs given; give one, as config= or --deepspeed_config")
+    if namespace is not None:
+        call["args"] = namespace = copy.copy(namespace)
+        namespace.deepspeed_config = None
+    config = given[0] if isinstance(given[0], Config) else load_config(given[0])
+    init_distributed()
+    if isinstance(config.recsys.threads_per_rank, int):
+        torch.set_num_threads(config.recsys.threads_per_rank)
+    config = config.resolve_for_engine(pipe=getattr(call.get("model"), "num_stages", 1))
+    return deepspeed.initialize(**call, config=config.deepspeed)
+
+
+def pipeline_engine(pipe, config: dict):
+    """DeepSpeed's PipelineEngine over a `RecommenderPipe`, with gradient clipping that is exact for tied weights."""
+    trainable = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
+    engine = deepspeed.initialize(model=pipe, model_parameters=trainable, config=config)[0]
+    compat.clip_tied_weights_once(engine)
+    return engine

@@ -1,0 +1,8 @@
+"""The one exception a user's mistake raises."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one line that says what, where and what to do.
+
+    The launch scripts print it without a traceback and exit with status 2.
+    """

@@ -1,0 +1,117 @@
+"""A trained pipe -> a normal HF folder: each stage writes its own shard, then one rename makes the folder appear."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ds_recsys.errors import UserError
+from ds_recsys.models.pipeline import RecommenderPipe
+from ds_recsys.models.weights import CATALOGUE, INDEX
+
+
+def export(
+    pipe: RecommenderPipe,
+    out_dir: str | os.PathLike,
+    *,
+    item_ids: Sequence[Any],
+    titles: Sequence[str | None] | None = None,
+    extra_config: dict[str, Any] | None = None,
+) -> Path:
+    """Write `pipe` as an HF causal LM folder. Collective: every rank calls it.
+
+    Data rank 0 of every stage writes `model-*-of-*.safetensors` with HF's names and the dtype it holds; rank 0 writes the
+    index, `config.json` and `items.parquet` (index, id, title). All goes to a temporary folder beside `out_dir`, which takes
+    its place at the end, so `out_dir` never holds half an export.
+
+    Args:
+        out_dir: must be seen by all ranks (shared file system).
+        item_ids: original ids of items 1..I, in order.
+        titles: of the same items.
+        extra_config: further keys of `config.json`.
+
+    Raises:
+        UserError: wrong number of ids or titles, or a shard of another host is not visible here.
+    """
+    out = Path(out_dir)
+    items = pipe.config.vocab_size - 1
+    for what, given in (("item ids", item_ids), ("titles", titles)):
+        if given is not None and len(given) != items:
+            raise UserError(f"export to {out}: {len(given)} {what} for a model of {items} items")
+    partial = out.parent / f".{out.name}.partial"
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    writer = pipe.mpu().get_data_parallel_rank() == 0
+    file = f"model-{pipe.stage_id + 1:05d}-of-{pipe.num_stages:05d}.safetensors"
+    mine, error = {}, None
+    if writer:
+        tensors = stage_tensors(pipe)
+        try:
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+        except OSError as exc:
+            error = f"stage {pipe.stage_id} could not write {partial / file}: {exc}"
+        mine = {name: (file, t.numel() * t.element_size()) for name, t in tensors.items()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (mine, error))
+    errors = [e for _, e in everyone if e]
+    if rank == 0 and not errors:
+        try:
+            _finish(pipe, partial, out, {n: f for names, _ in everyone for n, f in names.items()}, item_ids, titles, extra_config)
+        except (OSError, UserError) as exc:
+            errors = [str(exc)]
+    outcome = [errors]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0]:
+        raise UserError(outcome[0][0])
+    return out
+
+
+def stage_tensors(pipe: RecommenderPipe) -> dict[str, Tensor]:
+    """What this stage writes: HF name -> tensor on the host; a tied table belongs to the first stage."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in pipe.hf_state_dict().items()}
+    if not pipe.is_first_stage:
+        tensors.pop(pipe.builder.skeleton.table_name, None)
+    return tensors
+
+
+def _finish(pipe, partial: Path, out: Path, index: dict[str, tuple[str, int]], item_ids, titles, extra_config) -> None:
+    absent = sorted({f for f, _ in index.values() if not (partial / f).exists()})
+    if absent:
+        raise UserError(f"{partial / absent[0]} was written on another host and is not visible here: export to shared storage")
+    listing = {
+        "metadata": {"total_size": sum(size for _, size in index.values())},
+        "weight_map": {name: file for name, (file, _) in sorted(index.items())},
+    }
+    (partial / INDEX).write_text(json.dumps(listing, indent=1))
+    config = pipe.config.to_dict()
+    config.update(extra_config or {})
+    config["architectures"] = [type(pipe.builder.skeleton.model).__name__]
+    config["model_type"] = pipe.config.model_type
+    config["dtype"] = str(next(p.dtype for _, p in pipe.hf_named_parameters() if p.is_floating_point())).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=1, default=str))
+    n = pipe.config.vocab_size - 1
+    table = pa.table(
+        {
+            "index": pa.array(range(1, n + 1), pa.int64()),
+            "id": pa.array(list(item_ids)),
+            "title": pa.array([None] * n if titles is None else list(titles), pa.string()),
+        }
+    )
+    pq.write_table(table, partial / CATALOGUE)
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,147 @@
+"""The recommender as a DeepSpeed PipelineModule: HF layers, one float tensor per boundary, hidden states out."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.activation_checkpointing import checkpointing
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ds_recsys.errors import UserError
+from ds_recsys.models.layers import Block, ItemTable, PipelineLayer
+from ds_recsys.models.specs import TIED_KEY, ModelBuilder
+from ds_recsys.models.weights import Weights
+
+
+class RecommenderPipe(PipelineModule):
+    """An HF causal LM over item ids, cut into pipeline stages.
+
+    Args:
+        config: of the causal LM; see `recommender_config`.
+        topology: DeepSpeed `ProcessTopology` with axes `pipe` and `data`.
+        weights: pretrained weights, or None for random ones; either way a stage makes its own layers only.
+        seed: of the random initialisation; values depend on (seed, HF name), not on the grid.
+        partition_method: "parameters", "uniform" or "type:REGEX" (on `Block`, `ItemTable`, `Prologue`, `Epilogue`, `Head`).
+        bounds: first layer of each stage and the number of layers, in place of `partition_method`.
+        activation_checkpoint_interval: recompute every that many layers in backward; 0: keep activations.
+        dtype: of the parameters as built; DeepSpeed casts for bf16 itself.
+        pipe_options: `loss_fn`, `seed_layers`, `base_seed`, `dynamic_shape` ... of DeepSpeed's PipelineModule.
+
+    Input of the first stage: ids [B, S] int64. Output of the last: hidden states [B, S, H]; `loss_fn` gets those.
+
+    Raises:
+        UserError: model type that cannot be cut, bounds that do not fit, a stage without parameters.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        topology,
+        *,
+        weights: Weights | None = None,
+        seed: int = 0,
+        partition_method: str = "parameters",
+        bounds: Sequence[int] | None = None,
+        activation_checkpoint_interval: int = 0,
+        dtype: torch.dtype = torch.float32,
+        loss_fn: Callable | None = None,
+        **pipe_options,
+    ):
+        builder = ModelBuilder(config, weights, seed=seed, dtype=dtype)
+        # nn.Module refuses attributes before its __init__, which only runs inside PipelineModule's; these are no modules.
+        object.__setattr__(self, "builder", builder)
+        object.__setattr__(self, "_wanted_bounds", None if bounds is None else list(bounds))
+        options = {"activation_checkpoint_func": checkpointing.non_reentrant_checkpoint, **pipe_options}
+        super().__init__(
+            layers=builder.specs(),
+            topology=topology,
+            loss_fn=loss_fn,
+            partition_method=partition_method,
+            activation_checkpoint_interval=activation_checkpoint_interval,
+            **options,
+        )
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of the HF model this pipe computes."""
+        return self.builder.config
+
+    def _count_layer_params(self) -> list[int]:
+        """DeepSpeed builds every layer on every rank to count; the skeleton knows."""
+        return self.builder.parameter_counts()
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        if self._wanted_bounds is None:
+            super()._partition_layers(method)
+            parts = keep_tail([int(p) for p in self.parts], self.builder.tail())
+        else:
+            parts = self._wanted_bounds
+        check_bounds(parts, self.num_stages, self.builder.parameter_counts(), self.builder.tail())
+        self.parts = parts
+        self._set_bounds(start=parts[self.stage_id], stop=parts[self.stage_id + 1])
+
+    def _is_checkpointable(self, funcs: list) -> bool:
+        """Recompute decoder layers; never the item table, whose input has no gradient."""
+        return any(isinstance(f, Block) for f in funcs) and not any(isinstance(f, ItemTable) for f in funcs)
+
+    def local_layers(self) -> Iterator[tuple[str, PipelineLayer]]:
+        """(name in this module, layer) of every layer of this stage, a tied table once."""
+        for name, child in self.named_children():
+            if isinstance(child, PipelineLayer):
+                yield name, child
+        for key, child in self.tied_modules.items():
+            yield f"tied_modules.{key}", child
+
+    def hf_names(self) -> dict[str, str]:
+        """Parameter name in this module -> HF's full name, this stage."""
+        return {f"{n}.{p}": p for n, layer in self.local_layers() for p, _ in layer.named_parameters()}
+
+    def hf_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(HF's full name, parameter) of this stage; the first and the last stage both have a tied table."""
+        for _, layer in self.local_layers():
+            yield from layer.named_parameters()
+
+    def hf_state_dict(self) -> dict[str, Tensor]:
+        """HF's full name -> parameter or persistent buffer of this stage."""
+        return {name: value for _, layer in self.local_layers() for name, value in layer.state_dict().items()}
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage_id == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage_id == self.num_stages - 1
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of all items for hidden states of any leading shape, on the last stage: [..., H] -> [..., I+1]."""
+        assert self.is_last_stage, f"the head lives on the last stage, this is stage {self.stage_id}"
+        tail = [m for m in self.forward_funcs[-self.builder.tail() :] if isinstance(m, PipelineLayer)]
+        if TIED_KEY in self.tied_modules:
+            tail.append(self.tied_modules[TIED_KEY])
+        return self.builder.logits(hidden, tail, self.training)
+
+
+def keep_tail(parts: list[int], tail: int) -> list[int]:
+    """Move bounds that fall inside the last `tail` entries of the list before them; a stage may end up empty."""
+    last = parts[-1] - tail
+    return [min(p, last) for p in parts[:-1]] + [parts[-1]]
+
+
+def check_bounds(parts: Sequence[int], num_stages: int, counts: Sequence[int], tail: int) -> None:
+    """Raise `UserError` unless `parts` cuts the list into `num_stages` stages that each have parameters."""
+    n = len(counts)
+    if len(parts) != num_stages + 1 or parts[0] != 0 or parts[-1] != n or any(a > b for a, b in zip(parts, parts[1:])):
+        raise UserError(
+            f"stage bounds {list(parts)} do not cut {n} layers into {num_stages} stages: give {num_stages + 1} rising "
+            f"numbers from 0 to {n}"
+        )
+    for stage, (start, stop) in enumerate(zip(parts, parts[1:])):
+        if sum(counts[start:stop]) == 0:
+            raise UserError(
+                f"stage {stage} of {num_stages} would hold no parameter (stage bounds {list(parts)}, {n} layers): "
+                "use fewer stages, more layers or other bounds"
+            )
+    if num_stages > 1 and parts[-2] > n - tail:
+        raise UserError(f"stage bounds {list(parts)} split the head: the last {tail} of {n} layers belong on the last stage")

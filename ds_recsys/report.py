@@ -1,0 +1,60 @@
+"""What a run is judged by: one table against the baselines, metrics.json and a plot."""
+import json
+from pathlib import Path
+
+from ds_recsys.baselines import item_knn, popularity
+
+_COLUMNS = ("HR@{k}", "NDCG@{k}", "MRR", "coverage@{k}")
+
+
+def baselines(trainer) -> dict[str, dict[str, float]]:
+    """Popularity and ItemKNN on the test items, in the protocol of the run. Local: no rank needs another."""
+    evaluation = trainer.config.recsys.evaluation
+    protocol = {"which": "test", "ks": evaluation.k, "filter_seen": evaluation.filter_seen}
+    return {
+        "popularity": popularity(trainer.interactions, trainer.split, **protocol),
+        "item_knn": item_knn(trainer.interactions, trainer.split, **protocol),
+    }
+
+
+def table(results: dict[str, dict], k: int) -> str:
+    """Markdown, a row per model."""
+    names = [name.format(k=k) for name in _COLUMNS]
+    rows = [["", *names]]
+    rows += [[model, *(f"{figures[name]:.4f}" for name in names)] for model, figures in results.items() if figures]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def write(run_dir: str | Path, results: dict[str, dict], protocol: str, seconds: dict[str, float]) -> None:
+    """metrics.json: {"popularity": {...}, "item_knn": {...}, "untrained": {...}, "trained": {...}, "seconds": {...}}."""
+    content = {**results, "protocol": protocol, "seconds": {name: round(value, 1) for name, value in seconds.items()}}
+    Path(run_dir, "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def plot(run_dir: str | Path, k: int, baseline: dict[str, dict] | None = None) -> Path:
+    """Training loss and validation NDCG@k over the steps, from log.jsonl -> run_dir/training.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in Path(run_dir, "log.jsonl").read_text().splitlines()]
+    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    valid = [(record["step"], record["valid"][f"NDCG@{k}"]) for record in records if "valid" in record]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot(*zip(*losses, strict=True), linewidth=0.8)
+    left.set(xlabel="optimizer step", ylabel="training loss (nats per item)", title="Loss")
+    if valid:
+        right.plot(*zip(*valid, strict=True), marker="o", markersize=3, label="this model")
+    right.set(xlabel="optimizer step", ylabel=f"NDCG@{k}, full ranking", title="Validation")
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    path = Path(run_dir, "training.png")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

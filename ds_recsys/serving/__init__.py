@@ -1,0 +1,4 @@
+"""Recommendations from an exported folder."""
+from ds_recsys.serving.recommender import Recommendation, Recommender
+
+__all__ = ["Recommendation", "Recommender"]

@@ -1,0 +1,246 @@
+"""The loop over `train_batch`: data, model and engine from one config, validation, save and resume, export."""
+import json
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from ds_recsys import checkpoint, compat
+from ds_recsys.assemble import load_interactions, model_parts, split_interactions, training_windows
+from ds_recsys.callbacks import Callback, Progress
+from ds_recsys.config import Config, load_config
+from ds_recsys.data import Interactions, TrainBatches
+from ds_recsys.engine import pipeline_engine
+from ds_recsys.errors import UserError
+from ds_recsys.evaluator import evaluate
+from ds_recsys.models import RecommenderPipe, Weights, export
+from ds_recsys.models.load import load_weights
+from ds_recsys.objective import NextItemLoss
+from ds_recsys.topology import Grid, dropout_seeds, init_distributed
+
+
+class Trainer:
+    """Fine-tune a Hugging Face causal LM as a next-item recommender on a pipe x data grid of ranks.
+
+        trainer = ds_recsys.Trainer("ds_configs/quickstart.json", data="ml-100k", run_dir="runs/first")
+        trainer.train()
+        print(trainer.evaluate("test"))
+
+    Run it under any launcher that starts one process per device (deepspeed, torchrun, accelerate); alone it is one rank.
+    Every method is collective.
+
+    Args:
+        config: ds_config path, dict or `Config`, with a "recsys" block.
+        data: interaction log (path, or `Interactions` already read) in place of the config's.
+        model: hub id or folder, in place of the config's.
+        run_dir: gets checkpoints/, best/ (a Hugging Face folder), log.jsonl and, from launch/train.py, the report.
+        resume: True for the newest checkpoint in `run_dir`, or the name of one.
+        callbacks: see `ds_recsys.callbacks.Callback`.
+
+    Raises:
+        UserError: one line, before any process group exists where the config alone shows the mistake.
+    """
+
+    def __init__(
+        self,
+        config: Config | dict | str | Path,
+        *,
+        data: str | Path | Interactions | None = None,
+        model: str | None = None,
+        run_dir: str | Path = "runs/train",
+        resume: bool | str = False,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.run_dir, checkpoints = Path(run_dir), Path(run_dir) / "checkpoints"
+        found = checkpoint.find(checkpoints, resume if isinstance(resume, str) else None) if resume else None
+        state = checkpoint.read_state(found) if found else None
+        config = config if isinstance(config, Config) else load_config(config)
+        config = config.resolve()
+        recsys, cache = config.recsys, config.recsys.dataset.cache_dir
+        self.interactions = data if isinstance(data, Interactions) else load_interactions(recsys.dataset, data, cache)
+        self.split = split_interactions(self.interactions, recsys.dataset)
+        windows = training_windows(self.interactions, self.split, recsys.dataset, cache)
+        model_config, weights = model_parts(recsys.model, model, self.interactions, cache)
+        self.config = config = config.resolve(windows=len(windows), model_config=model_config)
+        recsys, values = config.recsys, config.deepspeed
+        self.grid = Grid(recsys.pipe, recsys.data, recsys.tensor)
+        self._identity = {"grid": str(self.grid), "split": self.split.hash, "train_batch_size": values["train_batch_size"]}
+        if state and state["identity"] != self._identity:
+            raise UserError(f"{found}: saved by {state['identity']}, this run is {self._identity}; resume with the same ones")
+
+        init_distributed()
+        torch.set_num_threads(recsys.threads_per_rank)
+        self.pipe = RecommenderPipe(
+            model_config,
+            self.grid.deepspeed(),
+            weights=weights,
+            seed=recsys.seed,
+            partition_method=recsys.partition.method,
+            bounds=state["bounds"] if state else recsys.partition.bounds,
+            activation_checkpoint_interval=recsys.training.activation_checkpoint_interval,
+            **dropout_seeds(recsys.seed, self.grid.coordinates().data),
+        )
+        self.pipe.loss_fn = NextItemLoss(self.pipe, recsys.training.label_smoothing)
+        self.engine = pipeline_engine(self.pipe, values)
+        self.batches = TrainBatches(
+            windows,
+            micro_batch=self.engine.train_micro_batch_size_per_gpu(),
+            micro_batches=self.engine.micro_batches,
+            data_size=self.grid.data,
+            data_rank=self.engine.grid.get_data_parallel_rank(),
+            seed=recsys.seed,
+        )
+        self.is_main = torch.distributed.get_rank() == 0
+        self.total_steps = recsys.training.steps or recsys.training.epochs * self.batches.steps_per_epoch
+        self.callbacks = [Progress(), *callbacks]
+        self.state = {"step": 0, "best": None, "validations_since_best": 0}
+        if found:
+            self.state = checkpoint.load(self.engine, found)["training"]
+        self._log = _Log(self.run_dir / "log.jsonl", self.state["step"]) if self.is_main else None
+        self._length = None  # of the micro-batches that the engine's buffers fit
+
+    def describe(self) -> str:
+        """The run in a few lines: data, split, grid, stages, and every value that took the place of an "auto"."""
+        stages = "  ".join(f"stage {s}: layers {a}-{b - 1}" for s, (a, b) in enumerate(pairwise(self.pipe.parts)))
+        lines = [
+            self.interactions.describe(),
+            self.split.describe(),
+            f"{self.pipe.config.model_type}, {self.pipe.config.num_hidden_layers} decoder layers; {self.grid}; {stages}",
+            f"{self.total_steps} steps of {self.batches.global_batch} windows, {self.batches.padding_fraction:.0%} padding",
+            *self.config.describe(),
+        ]
+        return "\n".join(lines)
+
+    def protocol(self, which: str) -> str:
+        """How `evaluate` ranks, in one line."""
+        seen = "seen items filtered" if self.config.recsys.evaluation.filter_seen else "seen items not filtered"
+        return f"{self.split.describe()}; {which}, full ranking over {self.interactions.num_items:,} items, {seen}"
+
+    def train(self) -> dict[str, float] | None:
+        """Train to the configured epochs or steps and return the best validation's figures (None without validations).
+
+        With `keep_best` the pipe afterwards holds the weights of the best validation, ready for `evaluate` and `export`.
+        """
+        training = self.config.recsys.training
+        self._call("on_train_begin")
+        while self.state["step"] < self.total_steps and not self._out_of_patience():
+            epoch, position = divmod(self.state["step"], self.batches.steps_per_epoch)
+            for micro_batches in self.batches.epoch_iterator(epoch, position):
+                self._step(micro_batches)
+                finished = self.state["step"] >= self.total_steps
+                epoch_done = finished or self.state["step"] % self.batches.steps_per_epoch == 0
+                if epoch_done and training.eval_every_epochs and (finished or (epoch + 1) % training.eval_every_epochs == 0):
+                    self._validate()
+                if self._save_is_due(epoch_done):
+                    self.save()
+                if finished:
+                    break
+        self._call("on_train_end")
+        best = self.state["best"]
+        if training.keep_best and best:
+            load_weights(self.pipe, Weights(self.run_dir / "best"))
+        return best and best["metrics"]
+
+    def evaluate(self, which: str = "test") -> dict[str, float]:
+        """Full ranking of the "valid" or "test" items; see `ds_recsys.evaluator.evaluate`."""
+        recsys = self.config.recsys
+        return evaluate(
+            self.engine,
+            self.interactions,
+            self.split,
+            which,
+            max_length=recsys.dataset.max_length,
+            batch_size=recsys.evaluation.batch_size,
+            ks=recsys.evaluation.k,
+            filter_seen=recsys.evaluation.filter_seen,
+        )
+
+    def export(self, folder: str | Path) -> None:
+        """Write the model as a Hugging Face folder with the item catalogue; replaces `folder` when it is whole."""
+        export(
+            self.pipe,
+            folder,
+            item_ids=self.interactions.items,
+            titles=self.interactions.titles,
+            extra_config={"recsys": {"max_length": self.config.recsys.dataset.max_length}},
+        )
+
+    def save(self) -> None:
+        """Checkpoint model, optimizer, scheduler, counters, data position and stage bounds, atomically."""
+        checkpoint.save(
+            self.engine,
+            self.run_dir / "checkpoints",
+            self.state["step"],
+            {"identity": self._identity, "bounds": list(self.pipe.parts), "training": self.state},
+            keep_last=self.config.recsys.checkpoint.keep_last,
+        )
+
+    def _step(self, micro_batches: list) -> None:
+        length = micro_batches[0][0].shape[1]
+        if length != self._length:
+            self.engine.reset_activation_shape()
+            self._length = length
+        compat.seed_dropout(self.engine, self.state["step"])
+        loss = self.engine.train_batch(iter(micro_batches))
+        self.state["step"] += 1
+        if self._log:
+            self._log.step(self.state["step"], loss)
+        self._call("on_step_end", loss)
+
+    def _validate(self) -> None:
+        metrics = self.evaluate("valid")
+        self._length = None
+        name = f"NDCG@{self.config.recsys.evaluation.k[0]}"
+        best = self.state["best"]
+        if best is None or metrics[name] > best["metrics"][name]:
+            self.state.update(best={"step": self.state["step"], "metrics": metrics}, validations_since_best=0)
+            if self.config.recsys.training.keep_best:
+                self.export(self.run_dir / "best")
+        else:
+            self.state["validations_since_best"] += 1
+        if self._log:
+            self._log.write({"step": self.state["step"], "valid": metrics})
+            samples = self.engine.global_samples
+            self.engine.monitor.write_events([(f"Valid/{key}", value, samples) for key, value in metrics.items()])
+        self._call("on_validation", metrics)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.recsys.training.patience
+        return patience is not None and self.state["validations_since_best"] >= patience
+
+    def _save_is_due(self, epoch_done: bool) -> bool:
+        every = self.config.recsys.checkpoint.every_steps
+        return self.state["step"] % every == 0 if every else epoch_done
+
+    def _call(self, name: str, *arguments) -> None:
+        for callback in self.callbacks:
+            getattr(callback, name)(self, *arguments)
+
+
+class _Log:
+    """log.jsonl: a line per step and per validation. Losses are read in batches: reading one waits for the device."""
+
+    def __init__(self, path: Path, keep_until_step: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() and keep_until_step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= keep_until_step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._file, self._pending, self._started = open(path, "a"), [], time.monotonic()
+
+    def step(self, step: int, loss: torch.Tensor) -> None:
+        self._pending.append((step, loss, round(time.monotonic() - self._started, 3)))
+        if len(self._pending) == 20:
+            self.flush()
+
+    def flush(self) -> None:
+        for step, loss, seconds in self._pending:
+            self._file.write(json.dumps({"step": step, "loss": loss.item(), "seconds": seconds}) + "\n")
+        self._pending.clear()
+        self._file.flush()
+
+    def write(self, record: dict) -> None:
+        self.flush()
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()

@@ -1,0 +1,27 @@
+"""What the scripts share: the parser, and one clear line in place of a traceback for a user's mistake."""
+import argparse
+import os
+import sys
+
+from ds_recsys.errors import UserError
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser that also takes what launchers append."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
+    return parser
+
+
+def run(main, parser: argparse.ArgumentParser) -> None:
+    """`main(options)`; a UserError is printed by rank 0 and exits with status 2."""
+    try:
+        main(parser.parse_args())
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        torch = sys.modules.get("torch")
+        if torch and torch.distributed.is_initialized() and not sys.exc_info()[0]:
+            torch.distributed.destroy_process_group()

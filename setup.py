@@ -1,0 +1,29 @@
+"""Package metadata; the tests run on the first version of each range's comment."""
+from setuptools import find_packages, setup
+
+setup(
+    name="ds_recsys",
+    version="0.1.0",
+    description="Fine-tune Hugging Face LLMs as recommenders with DeepSpeed, on any grid of devices.",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["ds_recsys", "ds_recsys.*"]),
+    install_requires=[
+        "torch>=2.9,<3",  # 2.13.0
+        "deepspeed>=0.19.8,<0.20",  # 0.19.8
+        "transformers>=5.23,<6",  # 5.23.0
+        "datasets>=5.2,<6",  # 5.2.0
+        "accelerate>=1.15,<2",  # 1.15.0
+        "safetensors>=0.5",
+        "gguf>=0.17",
+        "pydantic>=2.10,<3",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "pyarrow>=17",
+        "filelock>=3.12",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+        "setuptools",  # DeepSpeed's op builders import it
+    ],
+    extras_require={"test": ["pytest>=8", "hypothesis>=6", "torchmetrics>=1.4", "tensorboard>=2.14"]},
+)

@@ -1,0 +1,461 @@
+"""The config: what is refused and in which words, what "auto" becomes, and that DeepSpeed takes the result."""
+
+import json
+import subprocess
+import sys
+from math import prod
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_recsys.config import (
+    Recsys,
+    check_bounds,
+    check_pipeline_engine,
+    deepspeed_keys,
+    load_config,
+    recsys_schema,
+    reference_markdown,
+)
+from ds_recsys.config.jsonfile import parse_json
+from ds_recsys.config.resolve import resolve_batch, usable_cpus
+from ds_recsys.errors import UserError
+
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def refused(action, *words: str) -> None:
+    """`action()` must raise a UserError of one line that holds all `words`."""
+    with pytest.raises(UserError) as error:
+        action()
+    line = str(error.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line, line
+
+
+def block(**recsys) -> dict:
+    return {"train_batch_size": 16, "recsys": recsys}
+
+
+def resolved(config: dict, world_size: int = 1, **known):
+    return load_config(config).resolve(world_size=world_size, local_world_size=1, **known)
+
+
+# ---- the file
+
+
+def test_comments_and_trailing_commas_are_read(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(
+        '// run: deepspeed x\n{"train_batch_size": 8, # note\n /* a\n b */ "wandb": {"project": "a//b#c,}"},\n}'
+    )
+    config = load_config(path)
+    assert config.deepspeed == {"train_batch_size": 8, "wandb": {"project": "a//b#c,}"}}
+    assert config.recsys == Recsys()
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{\n  "a": 1\n  "b": 2\n}', ("f.json:3:3", "not valid JSON")),
+        ('{"a": [1, 2}', ("f.json:1:12",)),
+        ("// c\n", ("f.json:2:1",)),
+        ('{"a": NaN}', ("f.json", "NaN")),
+        ("[1]", ("f.json", "list")),
+        ('{"a": 1,\n "b": {"c": 2,\n "c": 3}}', ("f.json:3", '"c"', "twice", "lines 2, 3")),
+        ("[" * 100_000, ("f.json", "nested")),
+    ],
+)
+def test_broken_files_are_refused_with_their_place(text, words):
+    refused(lambda: parse_json(text, "f.json"), *words)
+
+
+def test_missing_file_names_its_neighbour(tmp_path):
+    (tmp_path / "quickstart.json").write_text("{}")
+    refused(lambda: load_config(tmp_path / "quikstart.json"), "no such config file", "quickstart.json")
+    refused(lambda: load_config(tmp_path), "cannot read the config")
+    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
+    refused(lambda: load_config(tmp_path / "latin.json"), "byte 7 is not UTF-8")
+
+
+# ---- DeepSpeed's keys
+
+
+@pytest.mark.parametrize(
+    "typo, meant",
+    [
+        ("zero_optimisation", "zero_optimization"),
+        ("train_batchsize", "train_batch_size"),
+        ("train_micro_batch_size", "train_micro_batch_size_per_gpu"),
+        ("bf_16", "bf16"),
+        ("Optimizer", "optimizer"),
+        ("gradient-clipping", "gradient_clipping"),
+        ("batch_size", "train_batch_size"),
+        ("recsis", "recsys"),
+    ],
+)
+def test_misspelt_top_level_keys_are_refused(typo, meant):
+    refused(lambda: load_config({typo: 1}), f'"{typo}"', f'did you mean "{meant}"')
+
+
+def test_misspelt_inner_keys_are_refused():
+    refused(lambda: load_config({"zero_optimization": {"stagee": 1}}), '"stagee"', '"stage"')
+    refused(lambda: load_config({"bf16": {"enable": True}}), '"enable"', '"enabled"')
+    refused(lambda: load_config({"optimizer": {"typ": "AdamW"}}), '"typ"', '"type"')
+    scheduler = {"type": "WarmupLR", "params": {"warmup_steps": 5}}
+    refused(lambda: load_config({"scheduler": scheduler}), '"warmup_steps"', '"warmup_num_steps"', "scheduler.params")
+    refused(lambda: load_config({"zero_optimization": {"mics_shard_size": 2}}), "mics_shard_size", "removed")
+
+
+def test_unknown_but_unlike_keys_only_warn():
+    config = load_config({"my_own_notes": 1})
+    assert len(config.warnings) == 1 and "my_own_notes" in config.warnings[0]
+    assert load_config({"train_batch_size": 4, "steps_per_print": 1}).warnings == ()
+
+
+def test_removed_keys_and_valid_keys_are_those_of_the_installed_deepspeed():
+    from deepspeed.runtime import config as installed
+    from deepspeed.runtime.lr_schedules import WarmupCosineLR, WarmupDecayLR, WarmupLR
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert set(deepspeed_keys.REMOVED) == set(installed._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert deepspeed_keys.REMOVED_ZERO == set(installed._REMOVED_ZERO_CONFIG_KEYS)
+    for key in deepspeed_keys.REMOVED:
+        refused(lambda key=key: load_config({key: {}}), f'"{key}"', "removed")
+
+    asked = set()
+
+    class Recorder(dict):  # every key that DeepSpeed looks for, whether the config has it or not
+        def __contains__(self, key):
+            asked.add(key)
+            return super().__contains__(key)
+
+        def get(self, key, default=None):
+            asked.add(key)
+            return super().get(key, default)
+
+        def keys(self):
+            return self  # `key in config.keys()`
+
+    installed.DeepSpeedConfig(Recorder(train_batch_size=1))
+    assert {"train_batch_size", "optimizer", "zero_optimization", "bf16", "pipeline", "wandb"} <= asked
+    assert asked - deepspeed_keys.TOP_LEVEL - set(deepspeed_keys.REMOVED) == set()
+
+    for ours, model in (
+        (deepspeed_keys.ZERO, DeepSpeedZeroConfig),
+        (deepspeed_keys.BF16, DeepSpeedBF16Config),
+        (deepspeed_keys.FP16, DeepSpeedFP16Config),
+    ):
+        names = set(model.model_fields) | {field.alias for field in model.model_fields.values() if field.alias}
+        assert ours == names
+    for scheduler in (WarmupLR, WarmupDecayLR, WarmupCosineLR):
+        names = scheduler.__init__.__code__.co_varnames[2 : scheduler.__init__.__code__.co_argcount]
+        assert deepspeed_keys.SCHEDULER_PARAMS[scheduler.__name__] == set(names)
+
+
+# ---- the block
+
+
+@pytest.mark.parametrize(
+    "recsys, words",
+    [
+        ({"pip": 2}, ('unknown key "pip" in "recsys"', 'did you mean "pipe"')),
+        ({"dataset": {"maxlength": 3}}, ('"recsys.dataset"', '"max_length"')),
+        ({"dataset": {"columns": {"usr": "a"}}}, ('"recsys.dataset.columns"', '"user"')),
+        ({"max_length": 3}, ('"max_length"', 'a key of "recsys.dataset"')),
+        ({"train_batch_size": 3}, ("key of DeepSpeed", "top level")),
+        ({"qqq": 3}, ('"qqq"', "valid keys: pipe, data, tensor")),
+        ({"pipe": 0}, ('"recsys.pipe" is 0', "greater than 0")),
+        ({"pipe": "2"}, ("\"recsys.pipe\" is '2'", "integer")),
+        ({"pipe": True}, ('"recsys.pipe" is True', "integer")),
+        ({"data": "all"}, ("\"recsys.data\" is 'all'", "integer", '"auto"')),
+        ({"partition": 3}, ('"recsys.partition" is 3', "object")),
+        ({"partition": {"method": "best"}}, ("recsys.partition.method", "'best'", "uniform")),
+        ({"pipe": 2, "partition": {"bounds": [0, 3]}}, ("[0, 3]", "2 values", '"recsys.pipe" 2 needs 3')),
+        ({"pipe": 2, "partition": {"bounds": [1, 2, 3]}}, ("starts at 1",)),
+        ({"pipe": 2, "partition": {"bounds": [0, 3, 3]}}, ("does not rise",)),
+        ({"dataset": {"max_bad_fraction": float("nan")}}, ("recsys.dataset.max_bad_fraction",)),
+        ({"dataset": {"valid_fraction": 0.5, "test_fraction": 0.5}}, ("0.5", "nothing to train on")),
+        ({"dataset": {"max_length": 5, "stride": 6}}, ("stride 6", "max_length 5")),
+        ({"model": {"path": "a", "config": {"model_type": "b"}}}, ("'a'", "both given")),
+        ({"model": {"config": {"n_embd": 3}}}, ("model_type",)),
+        ({"model": {"config": {"model_type": "llama"}, "item_init": "titles"}}, ("titles", "path")),
+        ({"training": {"epochs": 1, "steps": 2}}, ("epochs 1", "steps 2")),
+        ({"training": {"patience": 2, "eval_every_epochs": 0}}, ("patience 2", "eval_every_epochs")),
+        ({"evaluation": {"k": []}}, ("recsys.evaluation.k",)),
+        ({"evaluation": {"k": [10, 10]}}, ("recsys.evaluation.k", "repeated")),
+        ({"checkpoint": {"every_steps": 10}}, ("every_steps 10", "dir")),
+        ({"pipe": 3, "model": {"path": "a", "num_layers": 2}}, ("num_layers", "2", '"recsys.pipe" 3')),
+        (
+            {"pipe": 3, "model": {"config": {"model_type": "gpt2", "n_layer": 2}}},
+            ("2 decoder layer", '"recsys.pipe" 3'),
+        ),
+        ({"model": {"config": {"model_type": "gpt2", "n_embd": 10, "n_head": 3}}}, ("10", "3 heads")),
+        (7, ('"recsys" is 7',)),
+    ],
+)
+def test_mistakes_in_the_block_are_one_line(recsys, words):
+    refused(lambda: load_config({"recsys": recsys}), *words)
+
+
+def test_batch_sizes_and_precision():
+    refused(lambda: load_config({"train_batch_size": 0}), '"train_batch_size" is 0')
+    refused(lambda: load_config({"train_batch_size": "16"}), "'16'", "integer")
+    both = {"fp16": {"enabled": True}, "bf16": {"enabled": True}}
+    refused(lambda: load_config(both), '"fp16.enabled" and "bf16.enabled"')
+    assert load_config({**both, "fp16": {"enabled": "auto"}})
+
+
+def test_given_columns_tell_null_from_absent():
+    columns = load_config(block(dataset={"columns": {"user": "u", "timestamp": None}})).recsys.dataset.columns
+    assert columns.given() == {"user": "u", "timestamp": None}
+
+
+def test_overrides_as_mapping_and_as_command_line(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(block(pipe=1, dataset={"path": "a"})))
+    config = load_config(path, overrides=["recsys.pipe=2", "recsys.dataset.path=b/c", "gradient_clipping=1e-1"])
+    assert (config.recsys.pipe, config.recsys.dataset.path, config.deepspeed["gradient_clipping"]) == (2, "b/c", 0.1)
+    nested = load_config(path, overrides={"recsys": {"dataset": {"path": None}}, "recsys.seed": 7}).recsys
+    assert (nested.dataset.path, nested.seed, nested.pipe) == (None, 7, 1)
+    refused(lambda: load_config(path, overrides=["recsys.pip=2"]), str(path), "with overrides", '"pipe"')
+    refused(lambda: load_config(path, overrides=["pipe"]), "key=value")
+    refused(lambda: load_config(path, overrides={"train_batch_size.x": 1}), '"train_batch_size"', "not an object")
+
+
+def test_config_is_frozen_and_keeps_what_it_was_given():
+    given = block(pipe=2)
+    config = load_config(given)
+    config.deepspeed["train_batch_size"] = 1
+    given["train_batch_size"] = 2
+    assert config.deepspeed["train_batch_size"] == 16
+    with pytest.raises(Exception, match="frozen"):
+        config.recsys.pipe = 3
+    assert load_config(resolved(given, 2).to_dict()).resolve(world_size=2).recsys.pipe == 2
+
+
+# ---- the grid, the engine, the model
+
+
+def test_world_size_must_fit_the_grid():
+    refused(lambda: resolved(block(pipe=2), 5), "5 rank", '"recsys.pipe" 2')
+    refused(lambda: resolved(block(pipe=2, data=3), 4), '"recsys.data" 3', "= 6", "4 rank")
+    assert resolved(block(pipe=2), 4).recsys.data == 2
+
+
+def test_world_size_comes_from_the_launcher(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("LOCAL_SIZE", "3")
+    config = load_config({**block(pipe=2), "train_batch_size": 24}).resolve()
+    assert config.recsys.data == 3 and config.recsys.threads_per_rank == max(1, usable_cpus() // 3)
+
+
+def test_tensor_axis_is_refused_after_its_heads_are_checked():
+    refused(
+        lambda: resolved(block(tensor=2), 2, model_config={"num_attention_heads": 3}), "3 heads", '"recsys.tensor" 2'
+    )
+    refused(lambda: resolved(block(tensor=2), 2, model_config={"num_attention_heads": 4}), "not available")
+
+
+def test_heads_with_a_size_of_their_own_need_not_divide_the_width():
+    model = {"hidden_size": 10, "num_attention_heads": 4}
+    refused(lambda: resolved(block(), model_config=model), "10", "4 heads")
+    assert resolved(block(), model_config={**model, "head_dim": 8})
+
+
+def test_model_checks_read_config_objects():
+    from transformers import GPT2Config
+
+    model = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=101)
+    refused(lambda: resolved(block(pipe=3), 3, model_config=model), "2 decoder layer", '"recsys.pipe" 3')
+    assert resolved(block(), model_config=model).recsys.evaluation.batch_size == 128
+
+
+@pytest.mark.parametrize("pipe", [1, 2])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_2_and_3_only_on_the_users_own_engine(stage, pipe):
+    config = {**block(pipe=pipe), "zero_optimization": {"stage": stage}}
+    refused(
+        lambda: resolved(config, 2), f'"zero_optimization.stage" {stage}', f'"recsys.pipe" {pipe}', "PipelineEngine"
+    )
+    assert (
+        load_config(config).resolve_for_engine(world_size=2, pipe=pipe).deepspeed["zero_optimization"]["stage"] == stage
+    )
+
+
+def test_keys_of_deepspeed_that_contradict_the_block():
+    recsys = Recsys(pipe=2)
+    refused(lambda: check_pipeline_engine({"pipeline": {"stages": 4}}, recsys, "f"), '"pipeline.stages" 4', "2")
+    refused(lambda: check_pipeline_engine({"tensor_parallel": {"autotp_size": 2}}, recsys, "f"), "autotp_size")
+    refused(lambda: check_pipeline_engine({"sequence_parallel_size": 2}, recsys, "f"), "sequence_parallel_size")
+    check_pipeline_engine({"pipeline": {"stages": 2}, "zero_optimization": True}, recsys, "f")
+
+
+def test_bounds_end_at_the_last_layer():
+    check_bounds([0, 2, 5], 2, 5, "f")
+    refused(lambda: check_bounds([0, 2, 5], 2, 6, "f"), "ends at 5", "6 pipeline layers")
+
+
+def test_engine_of_the_user_keeps_its_config():
+    given = {
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "Adam", "params": {"lr": 1}},
+    }
+    assert load_config(given).resolve_for_engine(world_size=2).deepspeed == given
+    auto = {**given, "train_micro_batch_size_per_gpu": "auto"}
+    assert load_config(auto).resolve_for_engine(world_size=4, pipe=2).deepspeed["gradient_accumulation_steps"] == 4
+    refused(
+        lambda: load_config(block(pipe=2)).resolve_for_engine(world_size=4, pipe=4), '"recsys.pipe" is 2', "4 stage"
+    )
+    refused(lambda: load_config({"gradient_clipping": "auto"}).resolve_for_engine(world_size=1), '"gradient_clipping"')
+
+
+# ---- "auto"
+
+
+@pytest.mark.parametrize(
+    "given, pipe, data, expected",
+    [
+        ((16, None, None), 1, 1, (16, 16, 1)),
+        ((16, None, None), 1, 4, (16, 4, 1)),
+        ((64, "auto", "auto"), 2, 2, (64, 4, 8)),  # the largest divisor of 32 up to 4 x 2
+        ((60, None, None), 2, 1, (60, 10, 6)),
+        ((14, None, None), 2, 1, (14, 2, 7)),
+        ((None, 4, None), 2, 3, (96, 4, 8)),
+        ((None, 4, None), 1, 3, (12, 4, 1)),
+        (("auto", "auto", "auto"), 1, 2, (16, 8, 1)),
+        ((None, 4, 3), 2, 2, (24, 4, 3)),
+        ((24, 4, None), 2, 2, (24, 4, 3)),
+        ((24, None, 3), 2, 2, (24, 4, 3)),
+    ],
+)
+def test_batch_sizes(given, pipe, data, expected):
+    config = {key: value for key, value in zip(BATCH, given, strict=True) if value is not None}
+    resolve_batch(config, pipe, data, "f", lambda *_: None)
+    assert tuple(config[key] for key in BATCH) == expected
+
+
+@given(
+    st.tuples(*[st.none() | st.integers(1, 40)] * 3).filter(lambda sizes: any(sizes[:2])),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+@settings(max_examples=300, deadline=None)
+def test_batch_sizes_agree_or_are_refused(sizes, pipe, data):
+    config = {key: value for key, value in zip(BATCH, sizes, strict=True) if value is not None}
+    given_sizes = dict(config)
+    try:
+        resolve_batch(config, pipe, data, "f", lambda *_: None)
+    except UserError as error:
+        assert "\n" not in str(error) and sizes[0] is not None  # without a batch size everything fits
+        return
+    assert config[BATCH[0]] == prod(config[key] for key in BATCH[1:]) * data
+    assert given_sizes.items() <= config.items()
+
+
+def test_batch_sizes_that_cannot_be():
+    refused(lambda: resolved({"train_batch_size": 6}, 4), '"train_batch_size" 6', '"recsys.data" 4')
+    three = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2}
+    refused(lambda: resolved(three), '"train_batch_size" 8', "3", "= 6")
+    refused(lambda: resolved({}), "no batch size")
+
+
+def test_optimizer_defaults():
+    params = resolved(block()).deepspeed["optimizer"]
+    assert params == {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0, "torch_adam": True}}
+    assert resolved(block(model={"path": "x"})).deepspeed["optimizer"]["params"]["lr"] == 3e-4
+    assert resolved(block(model={"path": "x", "weights": "random"})).deepspeed["optimizer"]["params"]["lr"] == 1e-3
+    auto = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
+    filled = resolved({**block(), "optimizer": auto, "gradient_clipping": "auto"}).deepspeed
+    expected = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}
+    assert filled["optimizer"]["params"] == expected and filled["gradient_clipping"] == 1.0
+    own = {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": False}}
+    assert resolved({**block(), "optimizer": own}).deepspeed["optimizer"] == own
+    refused(
+        lambda: resolved({**block(), "optimizer": {"type": "AdamW", "params": {"foo": "auto"}}}), "optimizer.params.foo"
+    )
+    refused(lambda: resolved({**block(), "steps_per_print": "auto"}), '"steps_per_print"')
+
+
+def test_schedule_waits_for_the_length_of_the_run():
+    scheduler = {"type": "WarmupDecayLR", "params": dict.fromkeys(("warmup_num_steps", "total_num_steps"), "auto")}
+    scheduler["params"] |= {"warmup_min_lr": "auto", "warmup_max_lr": "auto"}
+    config = load_config({**block(training={"epochs": 2}), "scheduler": scheduler})
+    early = config.resolve(world_size=1)
+    assert early.deepspeed["scheduler"]["params"]["total_num_steps"] == "auto"
+    late = early.resolve(world_size=1, windows=161)  # 16 a step: 11 steps an epoch
+    expected = {"warmup_num_steps": 2, "total_num_steps": 22, "warmup_min_lr": 0.0, "warmup_max_lr": 1e-3}
+    assert late.deepspeed["scheduler"]["params"] == expected
+    assert late == config.resolve(world_size=1, steps_per_epoch=11)
+    assert "scheduler.params.total_num_steps: 22 (auto)" in late.describe()
+    steps = load_config({**block(training={"steps": 5}), "scheduler": scheduler}).resolve(world_size=1)
+    assert steps.deepspeed["scheduler"]["params"]["total_num_steps"] == 5
+    assert steps.deepspeed["scheduler"]["params"]["warmup_num_steps"] == 1  # DeepSpeed refuses 0
+
+
+def test_a_schedule_that_overrides_the_learning_rate_warns():
+    scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": 5}}
+    optimizer = {"type": "AdamW", "params": {"lr": 3e-4}}
+    assert "warmup_max_lr" in load_config({"scheduler": scheduler, "optimizer": optimizer}).warnings[0]
+
+
+def test_everything_is_resolved_and_described(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = resolved(block(pipe=2), 4, model_config={"vocab_size": 2**22})
+    assert config.recsys.dataset.cache_dir == str(tmp_path / "ds_recsys")
+    assert config.recsys.evaluation.batch_size == 4  # 64 MiB of float32
+    assert '"auto"' not in json.dumps(config.recsys.model_dump(exclude={"dataset": {"format", "titles"}}))
+    lines = config.describe()
+    assert "recsys.data: 2 (auto)" in lines and "gradient_accumulation_steps: 8 (auto)" in lines
+    assert config.train_batch_size == 16 and not any(line.startswith("train_batch_size") for line in lines)
+
+
+def test_deepspeed_accepts_the_result():
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    given = {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+    }
+    accepted = DeepSpeedConfig(resolved(given, steps_per_epoch=10).deepspeed)
+    assert (accepted.train_batch_size, accepted.train_micro_batch_size_per_gpu) == (32, 32)
+    assert accepted.optimizer_name == "adamw" and accepted.gradient_clipping == 1.0
+    assert accepted.scheduler_params == {"warmup_num_steps": 2}
+
+
+# ---- the reference
+
+
+def test_every_key_is_described():
+    def descriptions(schema, definitions):
+        for name, field in schema["properties"].items():
+            inner = field.get("$ref") or next((o["$ref"] for o in field.get("anyOf", ()) if "$ref" in o), None)
+            if inner:
+                yield from descriptions(definitions[inner.split("/")[-1]], definitions)
+            else:
+                yield name, field.get("description")
+
+    schema = recsys_schema()
+    found = list(descriptions(schema, schema["$defs"]))
+    assert len(found) > 30 and all(text and text.endswith(".") for _, text in found)
+    table = reference_markdown()
+    assert all(f"{name}` |" in table for name, _ in found)
+    assert table.startswith("<!-- recsys-reference -->\n") and table.endswith("<!-- recsys-reference -->\n")
+
+
+def test_the_module_prints_the_reference_without_torch():
+    code = (
+        "import runpy, sys; runpy.run_module('ds_recsys.config', run_name='__main__');"
+        "heavy = {'torch', 'deepspeed', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output == reference_markdown()

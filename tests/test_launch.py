@@ -1,0 +1,139 @@
+"""The scripts under the real launchers: train, evaluate, kill, resume, export, recommend."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from logs import config, write_log
+
+_ROOT = Path(__file__).parents[1]
+_BIN = Path(sys.executable).parent
+
+
+def _environment(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**environment, "PATH": f"{_BIN}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+def _start(tmp_path, launcher, *arguments):
+    return subprocess.Popen(
+        [*launcher, str(_ROOT / "launch/train.py"), *map(str, arguments)],
+        env=_environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _run(tmp_path, launcher, *arguments, expect=0):
+    process = _start(tmp_path, launcher, *arguments)
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert (process.returncode == 0) == (expect == 0), output
+    return output
+
+
+def _deepspeed(ranks, port):
+    return [str(_BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
+
+
+def _losses(run_dir):
+    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """One whole run on pipe 2 x data 2 under the deepspeed launcher: (folder, arguments, output)."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "config.json").write_text(json.dumps(config(checkpoint={"every_steps": 5})))
+    arguments = ["--deepspeed_config", folder / "config.json", "--data", write_log(folder / "log.csv")]
+    return folder, arguments, _run(folder, _deepspeed(4, 29511), *arguments, "--run_dir", folder / "whole")
+
+
+def test_report_of_a_whole_run(unbroken):
+    folder, _, output = unbroken
+    metrics = json.loads((folder / "whole" / "metrics.json").read_text())
+    assert metrics["trained"]["NDCG@10"] > metrics["untrained"]["NDCG@10"]
+    assert {"popularity", "item_knn", "untrained", "trained"} <= metrics.keys()
+    assert re.search(r"\| trained +\| 0\.\d{4}", output) and "leave-one-out" in output
+    assert (folder / "whole" / "training.png").stat().st_size > 5000
+
+
+def test_killed_rank_then_resume_gives_the_same_losses(unbroken):
+    folder, arguments, _ = unbroken
+    process = _start(folder, _deepspeed(4, 29512), *arguments, "--run_dir", folder / "broken")
+    pids, log = [], folder / "broken" / "log.jsonl"
+    for line in process.stdout:
+        pids += map(int, re.findall(r"process (\d+) spawned", line))
+        if len(pids) == 4:
+            break
+    deadline = time.monotonic() + 120
+    while not list((folder / "broken" / "checkpoints").glob("step_*5/manifest.json")):  # mid-way: after step 5 or 15
+        assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    os.kill(pids[2], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert max(_losses(folder / "broken"), default=0) < max(_losses(folder / "whole"))
+    _run(folder, _deepspeed(4, 29513), *arguments, "--run_dir", folder / "broken", "--resume")
+    assert _losses(folder / "broken") == _losses(folder / "whole")
+    assert log.exists()
+
+
+def test_resume_with_nothing_to_resume_is_an_error(unbroken):
+    folder, arguments, _ = unbroken
+    output = _run(folder, _deepspeed(4, 29514), *arguments, "--run_dir", folder / "none", "--resume", expect=2)
+    assert "error: " in output and "no checkpoint to resume" in output and "Traceback" not in output
+
+
+def test_resume_on_another_grid_is_refused(unbroken):
+    folder, arguments, _ = unbroken
+    more = ["--set", "recsys.pipe=1", "--run_dir", folder / "whole", "--resume"]
+    output = _run(folder, _deepspeed(2, 29515), *arguments, *more, expect=2)
+    assert "pipe 2 x data 2" in output and "pipe 1 x data 2" in output and "Traceback" not in output
+
+
+def test_export_loads_and_recommends(unbroken):
+    folder, arguments, _ = unbroken
+    from ds_recsys import Recommender
+
+    recommender = Recommender.from_pretrained(folder / "whole" / "export")
+    found = recommender.recommend(["i3", "i4", "i5", "i6"], k=5)
+    assert "i7" in [item.item for item in found], found
+    assert found[0].title == f"Item number {found[0].item[1:]}"
+    subprocess.run(
+        [sys.executable, _ROOT / "launch/export.py", folder / "whole", folder / "again", "--checkpoint"], check=True
+    )
+    assert Recommender.from_pretrained(folder / "again").recommend(["i3", "i4"], k=3)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_other_launchers_train_the_same(unbroken, launcher):
+    folder, arguments, _ = unbroken
+    command = {
+        "torchrun": ["torchrun", "--nproc_per_node", "4", "--master_port", "29516"],
+        "accelerate": ["accelerate", "launch", "--cpu", "--multi_cpu", "--num_processes", "4", "--main_process_port", "29517"],
+    }[launcher]
+    command[0] = str(_BIN / command[0])
+    _run(folder, command, *arguments, "--run_dir", folder / launcher, "--set", "recsys.training.epochs=1")
+    whole = _losses(folder / "whole")
+    for step, loss in _losses(folder / launcher).items():
+        if step <= 1:  # the schedule depends on the length of the run
+            assert loss == pytest.approx(whole[step], abs=1e-6)
+
+
+def test_mistake_is_one_line_before_any_process_group(unbroken):
+    folder, arguments, _ = unbroken
+    output = _run(folder, _deepspeed(3, 29518), *arguments, expect=2)
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "3" in lines[0] and "pipe" in lines[0] and "Traceback" not in output
