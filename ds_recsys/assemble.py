@@ -14,6 +14,7 @@ from ds_recsys.data import (
     leave_one_out,
     read_interactions,
 )
+from ds_recsys.data.cache import cached
 from ds_recsys.errors import UserError
 from ds_recsys.models import Weights, open_weights, recommender_config, with_title_items
 
@@ -28,13 +29,15 @@ def load_interactions(dataset: Dataset, path: str | Path | None, cache_dir: str 
     if path is None:
         raise UserError("no interaction log: give --data, or recsys.dataset.path in the config")
     path = PACKAGED_DATA[path](cache_dir) if path in PACKAGED_DATA else path
-    return read_interactions(
-        path,
-        dataset.format,
-        columns=dataset.columns.model_dump(exclude_none=True) if dataset.columns else None,
-        min_count=dataset.min_count,
-        max_bad_fraction=dataset.max_bad_fraction,
-    )
+    options = {
+        "format": dataset.format,
+        "columns": dataset.columns.given() if dataset.columns else None,
+        "titles": dataset.titles,
+        "min_count": dataset.min_count,
+        "max_bad_fraction": dataset.max_bad_fraction,
+        "datasets_options": dataset.load_options,
+    }
+    return cached(lambda: read_interactions(path, **options), path, options, cache_dir)
 
 
 def split_interactions(interactions: Interactions, dataset: Dataset) -> Split:

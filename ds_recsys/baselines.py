@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from ds_recsys.evaluation import RankingMetrics, seen_items, target_rank, top_k
+from ds_recsys.metrics import RankingMetrics, seen_items, target_rank, top_k
 
 if TYPE_CHECKING:
     from ds_recsys.data.interactions import Interactions

@@ -48,7 +48,7 @@ class Progress(Callback):
         left = seconds / done * (trainer.total_steps - step)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         line = (
-            f"step {step}/{trainer.total_steps}  loss {self._loss.item():.4f}  {figures}  "
+            f"step {step}/{trainer.total_steps}  training loss {self._loss.item():.4f}  |  {figures}  |  "
             f"{done * trainer.engine.train_batch_size() / seconds:.0f} samples/s  {left:.0f} s left"
         )
         tqdm.write(line) if self._bar is not None else print(line, flush=True)

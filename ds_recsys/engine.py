@@ -40,8 +40,15 @@ def initialize(*args, **kwargs):
 
 
 def pipeline_engine(pipe, config: dict):
-    """DeepSpeed's PipelineEngine over a `RecommenderPipe`, with gradient clipping that is exact for tied weights."""
+    """DeepSpeed's PipelineEngine over a `RecommenderPipe`.
+
+    Weight decay spares biases and norms, as in Hugging Face's Trainer, and gradient clipping is exact for tied weights.
+    """
     trainable = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
-    engine = deepspeed.initialize(model=pipe, model_parameters=trainable, config=config)[0]
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.ndim > 1]},
+        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    engine = deepspeed.initialize(model=pipe, model_parameters=[g for g in groups if g["params"]], config=config)[0]
     compat.clip_tied_weights_once(engine)
     return engine

@@ -61,4 +61,8 @@ def dropout_seeds(seed: int, data_rank: int) -> dict:
     have drawn without a generator state being saved. See `compat.seed_dropout` for the step.
     """
     base = int.from_bytes(hashlib.sha256(f"{seed}:{data_rank}".encode()).digest()[:5], "big")
-    return {"seed_layers": True, "base_seed": base, "seed_fn": lambda value: torch.manual_seed(value % 2**63)}
+    return {"seed_layers": True, "base_seed": base, "seed_fn": _seed_layer}
+
+
+def _seed_layer(value: int) -> None:
+    torch.manual_seed(value % 2**63)

@@ -12,10 +12,12 @@ from ds_recsys.assemble import load_interactions, model_parts, split_interaction
 from ds_recsys.callbacks import Callback, Progress
 from ds_recsys.config import Config, load_config
 from ds_recsys.data import Interactions, TrainBatches
+from ds_recsys.data.batches import moments_of
 from ds_recsys.engine import pipeline_engine
 from ds_recsys.errors import UserError
-from ds_recsys.evaluator import evaluate
+from ds_recsys.evaluation import evaluate
 from ds_recsys.models import RecommenderPipe, Weights, export
+from ds_recsys.models.folder import write_description
 from ds_recsys.models.load import load_weights
 from ds_recsys.objective import NextItemLoss
 from ds_recsys.topology import Grid, dropout_seeds, init_distributed
@@ -35,7 +37,8 @@ class Trainer:
         config: ds_config path, dict or `Config`, with a "recsys" block.
         data: interaction log (path, or `Interactions` already read) in place of the config's.
         model: hub id or folder, in place of the config's.
-        run_dir: gets checkpoints/, best/ (a Hugging Face folder), log.jsonl and, from launch/train.py, the report.
+        run_dir: gets checkpoints/, best/ (a Hugging Face folder), log.jsonl and, from launch/train.py, the report; None
+            writes nothing, for evaluation only.
         resume: True for the newest checkpoint in `run_dir`, or the name of one.
         callbacks: see `ds_recsys.callbacks.Callback`.
 
@@ -49,12 +52,13 @@ class Trainer:
         *,
         data: str | Path | Interactions | None = None,
         model: str | None = None,
-        run_dir: str | Path = "runs/train",
+        run_dir: str | Path | None = "runs/train",
         resume: bool | str = False,
         callbacks: Sequence[Callback] = (),
     ):
-        self.run_dir, checkpoints = Path(run_dir), Path(run_dir) / "checkpoints"
-        found = checkpoint.find(checkpoints, resume if isinstance(resume, str) else None) if resume else None
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        tag = resume if isinstance(resume, str) else None
+        found = checkpoint.find(self.run_dir / "checkpoints", tag) if resume else None
         state = checkpoint.read_state(found) if found else None
         config = config if isinstance(config, Config) else load_config(config)
         config = config.resolve()
@@ -80,6 +84,7 @@ class Trainer:
             partition_method=recsys.partition.method,
             bounds=state["bounds"] if state else recsys.partition.bounds,
             activation_checkpoint_interval=recsys.training.activation_checkpoint_interval,
+            embedding_dropout=recsys.model.embedding_dropout,
             **dropout_seeds(recsys.seed, self.grid.coordinates().data),
         )
         self.pipe.loss_fn = NextItemLoss(self.pipe, recsys.training.label_smoothing)
@@ -91,6 +96,7 @@ class Trainer:
             data_size=self.grid.data,
             data_rank=self.engine.grid.get_data_parallel_rank(),
             seed=recsys.seed,
+            moments=moments_of(self.interactions) if recsys.dataset.shuffle_ties else None,
         )
         self.is_main = torch.distributed.get_rank() == 0
         self.total_steps = recsys.training.steps or recsys.training.epochs * self.batches.steps_per_epoch
@@ -98,7 +104,12 @@ class Trainer:
         self.state = {"step": 0, "best": None, "validations_since_best": 0}
         if found:
             self.state = checkpoint.load(self.engine, found)["training"]
-        self._log = _Log(self.run_dir / "log.jsonl", self.state["step"]) if self.is_main else None
+        self._serving = {"recsys": {"max_length": recsys.dataset.max_length}}
+        if self.is_main and self.run_dir:  # what launch/export.py needs beside a checkpoint
+            (self.run_dir / "model").mkdir(parents=True, exist_ok=True)
+            log = self.interactions
+            write_description(self.run_dir / "model", model_config, log.items, log.titles, self._serving)
+        self._log = _Log(self.run_dir / "log.jsonl", self.state["step"]) if self.is_main and self.run_dir else None
         self._length = None  # of the micro-batches that the engine's buffers fit
 
     def describe(self) -> str:
@@ -144,7 +155,7 @@ class Trainer:
         return best and best["metrics"]
 
     def evaluate(self, which: str = "test") -> dict[str, float]:
-        """Full ranking of the "valid" or "test" items; see `ds_recsys.evaluator.evaluate`."""
+        """Full ranking of the "valid" or "test" items; see `ds_recsys.evaluation.evaluate`."""
         recsys = self.config.recsys
         return evaluate(
             self.engine,
@@ -164,7 +175,7 @@ class Trainer:
             folder,
             item_ids=self.interactions.items,
             titles=self.interactions.titles,
-            extra_config={"recsys": {"max_length": self.config.recsys.dataset.max_length}},
+            extra_config=self._serving,
         )
 
     def save(self) -> None:
@@ -192,9 +203,9 @@ class Trainer:
     def _validate(self) -> None:
         metrics = self.evaluate("valid")
         self._length = None
-        name = f"NDCG@{self.config.recsys.evaluation.k[0]}"
+        name, sign = ("loss", -1) if self.config.recsys.training.best == "loss" else (f"NDCG@{self.config.recsys.evaluation.k[0]}", 1)
         best = self.state["best"]
-        if best is None or metrics[name] > best["metrics"][name]:
+        if best is None or sign * metrics[name] > sign * best["metrics"][name]:
             self.state.update(best={"step": self.state["step"], "metrics": metrics}, validations_since_best=0)
             if self.config.recsys.training.keep_best:
                 self.export(self.run_dir / "best")
@@ -211,8 +222,10 @@ class Trainer:
         return patience is not None and self.state["validations_since_best"] >= patience
 
     def _save_is_due(self, epoch_done: bool) -> bool:
-        every = self.config.recsys.checkpoint.every_steps
-        return self.state["step"] % every == 0 if every else epoch_done
+        saving, step = self.config.recsys.checkpoint, self.state["step"]
+        epochs = -(-step // self.batches.steps_per_epoch)
+        by_epoch = saving.every_epochs and epoch_done and (epochs % saving.every_epochs == 0 or step == self.total_steps)
+        return bool(by_epoch or (saving.every_steps and step % saving.every_steps == 0))
 
     def _call(self, name: str, *arguments) -> None:
         for callback in self.callbacks:

@@ -1,7 +1,8 @@
-"""What the scripts share: the parser, and one clear line in place of a traceback for a user's mistake."""
+"""What the scripts share: the parser, quiet libraries, and one clear line in place of a traceback for a user's mistake."""
 import argparse
 import os
 import sys
+import warnings
 
 from ds_recsys.errors import UserError
 
@@ -15,13 +16,17 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def run(main, parser: argparse.ArgumentParser) -> None:
     """`main(options)`; a UserError is printed by rank 0 and exits with status 2."""
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # one per rank and start
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     try:
-        main(parser.parse_args())
+        main(options)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    finally:
-        torch = sys.modules.get("torch")
-        if torch and torch.distributed.is_initialized() and not sys.exc_info()[0]:
-            torch.distributed.destroy_process_group()
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

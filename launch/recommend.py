@@ -8,14 +8,17 @@ from command import arguments, run
 
 def main(options) -> None:
     from ds_recsys import Recommender, UserError
-    from ds_recsys.data import read_interactions
+    from ds_recsys.assemble import load_interactions
+    from ds_recsys.cache import default_cache
+    from ds_recsys.config.schema import Dataset
 
     recommender = Recommender.from_pretrained(options.model)
     history = options.history
     if history is None:
         if options.data is None or options.user is None:
             raise UserError("recommend: give --history, or --data and --user")
-        history = read_interactions(options.data).history_of(options.user)
+        log = load_interactions(Dataset(format=options.format), options.data, default_cache())
+        history = log.history_of(options.user)
     title = dict(zip(recommender.items, recommender.titles or recommender.items, strict=True))
     print(f"after {', '.join(title.get(str(item), str(item)) for item in history[-5:])}:")
     for place, found in enumerate(recommender.recommend(history, options.k), start=1):
@@ -27,6 +30,7 @@ if __name__ == "__main__":
     parser.add_argument("model", help="exported folder")
     parser.add_argument("--history", nargs="+", help="item ids as in the log, oldest first")
     parser.add_argument("--data", help="log to take the history of --user from")
+    parser.add_argument("--format", default="auto", help="layout of that log (auto)")
     parser.add_argument("--user", help="user id as in the log")
     parser.add_argument("--k", type=int, default=10, help="how many (10)")
     run(main, parser)

@@ -114,6 +114,10 @@ def test_line_ends_and_byte_order_mark(tmp_path, monkeypatch, block, mark, end, 
     assert histories(x) == HISTORIES and not x.report.bad
 
 
+def test_byte_order_mark_is_no_part_of_an_id(tmp_path):
+    assert read_interactions(write(tmp_path / "log.txt", b"\xef\xbb\xbf1 2 3\n2 3\n")).users == ["1", "2"]
+
+
 def test_ids_as_they_come(tmp_path):
     huge = "x" * 300_000
     long = "12345678901234567890123"

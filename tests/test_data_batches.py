@@ -1,6 +1,7 @@
 """Batches of a grid, their normalisation and their padding; packages as a source of data."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from test_data_sequences import log_of
 
 from ds_recsys.data import (
     EvalBatches,
+    Split,
     TrainBatches,
     build_windows,
     fetch_ml100k,
@@ -18,6 +20,7 @@ from ds_recsys.data import (
     packages,
     read_interactions,
 )
+from ds_recsys.data.batches import moments_of
 from ds_recsys.errors import UserError
 
 GRIDS = [(1, 12, 1), (2, 3, 2), (3, 2, 2), (3, 1, 4), (12, 1, 1), (1, 3, 4)]  # micro_batch, micro_batches, data_size
@@ -54,6 +57,28 @@ def rows_of(step):
         for inputs, (labels, _) in rank
         for i, y in zip(inputs.tolist(), labels.tolist(), strict=True)
     )
+
+
+def test_ties_are_drawn_anew_within_their_moment(tmp_path):
+    histories = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13]]
+    times = np.array([0, 0, 0, 1, 2, 2, 2, 3, 0, 1, 2, 3, 4])
+    x = replace(log_of(histories), timestamps=times)
+    split = Split("all", x.offsets, x.offsets[1:], x.offsets[1:], x.offsets[1:])
+    windows = build_windows(x, split, max_length=16, cache_dir=tmp_path)
+
+    def windows_of(epoch, *grid):
+        _, steps = steps_of(windows, *grid, epoch=epoch, moments=moments_of(x))
+        rows = [row for step in steps for row in rows_of(step) if any(row[0])]
+        return sorted((*inputs[: sum(map(bool, inputs))], [y for y in labels if y != -100][-1]) for inputs, labels in rows)
+
+    seen = set()
+    for epoch in range(20):
+        tied, untied = windows_of(epoch, 2, 1, 1)
+        assert untied == (9, 10, 11, 12, 13), "nothing is tied here"
+        assert (sorted(tied[:3]), tied[3], sorted(tied[4:7]), tied[7]) == ([1, 2, 3], 4, [5, 6, 7], 8)
+        assert windows_of(epoch, 1, 1, 2) == [tied, untied], "the draw depends on the grid"
+        seen.add(tied)
+    assert len(seen) > 5
 
 
 def test_rows_are_windows_each_once(windows):

@@ -1,6 +1,7 @@
 """`ds_recsys.initialize` in place of `deepspeed.initialize` in scripts that know nothing of recommenders."""
 import argparse
 import json
+import os
 
 import deepspeed
 import pytest
@@ -26,7 +27,7 @@ def _pipeline_losses(initialize, config, as_args=False):
     layers = [torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)]
     model = PipelineModule(layers, num_stages=2, loss_fn=torch.nn.CrossEntropyLoss())
     parameters = [p for p in model.parameters() if p.requires_grad]
-    how = {"args": argparse.Namespace(deepspeed_config=config, local_rank=0)} if as_args else {"config": config}
+    how = {"args": argparse.Namespace(deepspeed_config=config, local_rank=int(os.environ["LOCAL_RANK"]))} if as_args else {"config": config}
     engine, _, _, _ = initialize(model=model, model_parameters=parameters, **how)
     generator = torch.Generator().manual_seed(engine.grid.get_data_parallel_rank())
     losses = []

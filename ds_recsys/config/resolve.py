@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_recsys.cache import default_cache
 from ds_recsys.config.schema import Recsys
 from ds_recsys.errors import UserError
 
@@ -143,7 +144,7 @@ def resolve_rest(recsys: Recsys, num_items: int | None, record: Record) -> Recsy
     if recsys.training.epochs is None and recsys.training.steps is None:
         changes["training.epochs"] = _DEFAULT_EPOCHS
     if recsys.dataset.cache_dir == "auto":
-        changes["dataset.cache_dir"] = str(_cache_root() / "ds_recsys")
+        changes["dataset.cache_dir"] = str(default_cache())
     if recsys.evaluation.batch_size == "auto" and num_items is not None:
         changes["evaluation.batch_size"] = max(1, min(_EVAL_BATCH, _EVAL_SCORE_BYTES // (4 * (num_items + 1))))
     return _changed(recsys, changes, record)
@@ -190,10 +191,6 @@ def usable_cpus() -> int:
 def without_recsys(config: dict[str, Any]) -> dict[str, Any]:
     """A deep copy of DeepSpeed's own keys."""
     return copy.deepcopy({key: value for key, value in config.items() if key != "recsys"})
-
-
-def _cache_root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _divide(number: int, by: int, what: str) -> int:

@@ -91,9 +91,14 @@ class Dataset(Block):
         description="Step between the training windows of one history; null covers every position exactly once.",
     )
     recent_only: bool = Field(False, description="Train only on the last `max_length` items of each history.")
+    shuffle_ties: bool = Field(
+        False,
+        description="Training only: draw the order of a user's interactions with equal timestamps anew in each epoch.",
+    )
     cache_dir: str | Auto = Field(
         "auto",
-        description='Where windows are cached; `"auto"` is `$XDG_CACHE_HOME/ds_recsys`, else `~/.cache/ds_recsys`.',
+        description='Where windows, packaged data and converted weights are kept; `"auto"` is `$DS_RECSYS_CACHE`, else '
+        "`ds_recsys` below `$XDG_CACHE_HOME` or `~/.cache`.",
     )
 
     @model_validator(mode="after")
@@ -116,7 +121,9 @@ class Model(Block):
     """The Hugging Face causal LM that becomes the recommender."""
 
     path: str | None = Field(
-        None, description="Pretrained model: hub id, local folder, or a folder or file with a GGUF."
+        None,
+        description="Pretrained model: hub id, local folder, a folder or file with a GGUF, or `smollm2-135m`, which "
+        "comes inside a Python package.",
     )
     config: dict[str, Any] | None = Field(
         None,
@@ -130,6 +137,9 @@ class Model(Block):
     num_layers: Positive | None = Field(None, description="Keep only the first decoder layers; null keeps all.")
     tie: bool | None = Field(
         None, description="Whether the item head shares the item embedding; null as the model has it."
+    )
+    embedding_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on the item embeddings, beside what the model's own config drops."
     )
     item_init: Literal["random", "titles"] = Field(
         "random", description="Item embeddings: random, or the model's own encoding of the titles (needs `path`)."
@@ -153,7 +163,11 @@ class Training(Block):
     steps: Positive | None = Field(None, description="Optimizer steps, in place of `epochs`.")
     eval_every_epochs: NonNegative = Field(1, description="Epochs between validations; 0 never validates.")
     patience: Positive | None = Field(
-        None, description="Stop after this many validations without a better NDCG (at the first of `evaluation.k`)."
+        None, description="Stop after this many validations without a better one, by `best`."
+    )
+    best: Literal["loss", "ndcg"] = Field(
+        "loss", description="What makes a validation the best: the lowest loss, or the highest NDCG (at the first of "
+        "`evaluation.k`), which is noisier on few users."
     )
     keep_best: bool = Field(True, description="End with the weights of the best validation and not with the last.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all items.")
@@ -174,7 +188,7 @@ class Evaluation(Block):
     """Full ranking over the catalogue."""
 
     k: list[Positive] = Field(
-        [10], min_length=1, description="Cut-offs K of HR@K, NDCG@K and coverage@K; the first decides `patience`."
+        [10], min_length=1, description="Cut-offs K of HR@K, NDCG@K and coverage@K; the first one's NDCG is validated."
     )
     filter_seen: bool = Field(True, description="Leave the items of the user's history out of the ranking.")
     batch_size: Positive | Auto = Field(
@@ -190,19 +204,11 @@ class Evaluation(Block):
 
 
 class Checkpoint(Block):
-    """When and where the run is saved."""
+    """When the run is saved; the place is the run's folder."""
 
-    dir: str | None = Field(None, description="Folder of the checkpoints; null saves none.")
-    every_steps: Positive | None = Field(
-        None, description="Optimizer steps between saves; null saves after each epoch."
-    )
+    every_epochs: NonNegative = Field(1, description="Epochs between saves; 0 saves none but those of `every_steps`.")
+    every_steps: Positive | None = Field(None, description="Optimizer steps between saves, beside `every_epochs`.")
     keep_last: Positive | None = Field(2, description="How many checkpoints stay; null keeps all.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Checkpoint":
-        if self.every_steps is not None and self.dir is None:
-            raise ValueError(f"every_steps {self.every_steps} has nowhere to save; give dir")
-        return self
 
 
 class Recsys(Block):

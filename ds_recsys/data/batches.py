@@ -34,6 +34,9 @@ class TrainBatches:
     losses over micro_batches and its mean of the gradients over data_size cancel the factor and leave exactly that. A
     mean of micro-batch means would weigh a position in a sparse micro-batch more than one in a full one.
 
+    `moments`, from `moments_of`, draws the order of interactions that happened at the same time anew in each epoch, within
+    a window: the order that the file gives them means nothing, and a fixed one would be learned by heart.
+
     Lengths are grouped within random pools of `pool` global batches: a small pool mixes better, a large one pads less.
     """
 
@@ -48,6 +51,7 @@ class TrainBatches:
         seed: int = 0,
         length_multiple: int = 1,
         pool: int = 100,
+        moments: np.ndarray | None = None,
     ) -> None:
         if min(micro_batch, micro_batches, data_size, length_multiple, pool) < 1 or not 0 <= data_rank < data_size:
             raise UserError(
@@ -58,6 +62,7 @@ class TrainBatches:
         self._shape = (micro_batches, data_size, micro_batch)
         self._rank, self._seed, self._multiple, self._pool = data_rank, seed, length_multiple, pool
         self._tokens, self._starts, self._inputs, self._context = _mapped(windows)
+        self._moments, self._first = moments, windows.data.column("first").to_numpy()
         self._planned: tuple[int, np.ndarray] | None = None
 
     @property
@@ -71,12 +76,17 @@ class TrainBatches:
 
     def epoch_iterator(self, epoch: int, start_step: int = 0) -> Iterator[list[TrainMicroBatch]]:
         """Per step from `start_step` of the epoch on, the list of this rank's `micro_batches` micro-batches."""
-        for rows in self._plan(epoch)[start_step:]:
+        for step, rows in enumerate(self._plan(epoch)[start_step:], start=start_step):
             positions = self._supervised(rows)
             scale = torch.tensor(self._shape[0] * self._shape[1] / positions, dtype=torch.float64)
             length = self._padded_length(rows)
             mine = rows.reshape(self._shape)[:, self._rank]
-            yield [(inputs, (labels, scale)) for inputs, labels in (self._collate(part, length) for part in mine)]
+            noise = [None] * len(mine)
+            if self._moments is not None:  # drawn for all ranks, so that it does not depend on the grid
+                drawn = np.random.default_rng((self._seed, epoch, step)).random((len(rows), length + 1))
+                noise = drawn.reshape(*self._shape, length + 1)[:, self._rank]
+            parts = (self._collate(part, length, draw) for part, draw in zip(mine, noise, strict=True))
+            yield [(inputs, (labels, scale)) for inputs, labels in parts]
 
     def supervised(self, step: int) -> int:
         """Supervised positions of the whole global batch of `step`, counted from the start of training."""
@@ -118,15 +128,32 @@ class TrainBatches:
         plan[:full] = rng.permuted(plan[rng.permutation(full)], axis=1)
         return plan
 
-    def _collate(self, rows: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        live = rows >= 0
-        counts = np.where(live, self._inputs[rows], 0)[:, None]
-        column = np.arange(length)
-        filled = column < counts
-        place = np.where(filled, self._starts[rows][:, None] + column, 0)
-        inputs = np.where(filled, self._tokens[place], 0)
-        labels = np.where(filled & (column >= self._context[rows][:, None]), self._tokens[place + 1], IGNORE)
+    def _collate(self, rows: np.ndarray, length: int, noise: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = np.where(rows >= 0, self._inputs[rows], -1)[:, None]  # a window has one item more than inputs
+        column = np.arange(length + 1)
+        filled = column <= counts
+        items = np.where(filled, self._tokens[np.where(filled, self._starts[rows][:, None] + column, 0)], 0)
+        if noise is not None:
+            place = np.where(filled, self._first[rows][:, None] + column, 0)
+            order = np.argsort(np.where(filled, self._moments[place] + noise, np.inf), axis=1, kind="stable")
+            items = np.take_along_axis(items, order, axis=1)
+        inputs = np.where(column[:-1] < counts, items[:, :-1], 0)
+        supervised = filled[:, 1:] & (column[:-1] >= self._context[rows][:, None])
+        labels = np.where(supervised, items[:, 1:], IGNORE)
         return torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
+
+
+def moments_of(interactions: Interactions) -> np.ndarray:
+    """int32 [N]: the number of the moment (user and timestamp) of each place in `Interactions.sequence`, ascending.
+
+    UserError without timestamps.
+    """
+    if interactions.timestamps is None:
+        raise UserError(f"{interactions.report.source}: shuffling ties needs timestamps; turn recsys.dataset.shuffle_ties off")
+    changed = np.empty(len(interactions), dtype=bool)
+    changed[1:] = np.diff(interactions.timestamps) != 0
+    changed[interactions.offsets[:-1]] = True
+    return np.cumsum(changed, dtype=np.int32)
 
 
 def _mapped(windows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -17,8 +17,10 @@ from ds_recsys.data.splits import Split
 from ds_recsys.errors import UserError
 
 # Part of the cache key: raise it whenever the same inputs would give different windows.
-FORMAT_VERSION = 1
-FEATURES = Features({"user": Value("int32"), "context": Value("int32"), "items": List(Value("int32"))})
+FORMAT_VERSION = 2
+FEATURES = Features(
+    {"user": Value("int32"), "first": Value("int64"), "context": Value("int32"), "items": List(Value("int32"))}
+)
 
 
 def build_windows(
@@ -32,8 +34,9 @@ def build_windows(
 ) -> Dataset:
     """The training windows of a split as a memory-mapped data set, in the order of users, newest window first.
 
-    A row is `user` (int32), `items` (2 to max_length + 1 model indices, oldest first) and `context` (int32). The inputs
-    are items[:-1], the labels items[1:], and the first `context` labels are not supervised.
+    A row is `user` (int32), `items` (2 to max_length + 1 model indices, oldest first), `first` (int64, where its oldest
+    item stands in `Interactions.sequence`) and `context` (int32). The inputs are items[:-1], the labels items[1:], and
+    the first `context` labels are not supervised.
 
     stride=None: the windows of a user meet at one item, the last label of the older and the first input of the newer;
         context is 0. The newest window is full and the oldest takes what is left.
@@ -94,7 +97,7 @@ def _window_table(x: Interactions, split: Split, max_length: int, stride: int, r
         source = np.arange(low, high) + np.repeat(first[begin:end] - offsets[begin:end], lengths[begin:end])
         tokens[low:high] = x.sequence[source]
     items = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(tokens))
-    columns = [pa.array(user.astype(np.int32)), pa.array(context.astype(np.int32)), items]
+    columns = [pa.array(user.astype(np.int32)), pa.array(first), pa.array(context.astype(np.int32)), items]
     return pa.table(columns, schema=FEATURES.arrow_schema)
 
 

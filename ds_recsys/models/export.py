@@ -1,21 +1,18 @@
 """A trained pipe -> a normal HF folder: each stage writes its own shard, then one rename makes the folder appear."""
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_recsys.errors import UserError
+from ds_recsys.models.folder import put_in_place, set_dtype, write_description, write_index
 from ds_recsys.models.pipeline import RecommenderPipe
-from ds_recsys.models.weights import CATALOGUE, INDEX
 
 
 def export(
@@ -28,9 +25,9 @@ def export(
 ) -> Path:
     """Write `pipe` as an HF causal LM folder. Collective: every rank calls it.
 
-    Data rank 0 of every stage writes `model-*-of-*.safetensors` with HF's names and the dtype it holds; rank 0 writes the
-    index, `config.json` and `items.parquet` (index, id, title). All goes to a temporary folder beside `out_dir`, which takes
-    its place at the end, so `out_dir` never holds half an export.
+    Data rank 0 of every stage writes `model-*-of-*.safetensors` with HF's names and the dtype it holds; rank 0 writes
+    the index, `config.json` and `items.parquet` (index, id, title). All goes to a temporary folder beside `out_dir`,
+    which takes its place at the end, so `out_dir` never holds half an export.
 
     Args:
         out_dir: must be seen by all ranks (shared file system).
@@ -42,10 +39,6 @@ def export(
         UserError: wrong number of ids or titles, or a shard of another host is not visible here.
     """
     out = Path(out_dir)
-    items = pipe.config.vocab_size - 1
-    for what, given in (("item ids", item_ids), ("titles", titles)):
-        if given is not None and len(given) != items:
-            raise UserError(f"export to {out}: {len(given)} {what} for a model of {items} items")
     partial = out.parent / f".{out.name}.partial"
     rank = dist.get_rank()
     if rank == 0:
@@ -67,7 +60,15 @@ def export(
     errors = [e for _, e in everyone if e]
     if rank == 0 and not errors:
         try:
-            _finish(pipe, partial, out, {n: f for names, _ in everyone for n, f in names.items()}, item_ids, titles, extra_config)
+            _finish(
+                pipe,
+                partial,
+                out,
+                {n: f for names, _ in everyone for n, f in names.items()},
+                item_ids,
+                titles,
+                extra_config,
+            )
         except (OSError, UserError) as exc:
             errors = [str(exc)]
     outcome = [errors]
@@ -88,30 +89,10 @@ def stage_tensors(pipe: RecommenderPipe) -> dict[str, Tensor]:
 def _finish(pipe, partial: Path, out: Path, index: dict[str, tuple[str, int]], item_ids, titles, extra_config) -> None:
     absent = sorted({f for f, _ in index.values() if not (partial / f).exists()})
     if absent:
-        raise UserError(f"{partial / absent[0]} was written on another host and is not visible here: export to shared storage")
-    listing = {
-        "metadata": {"total_size": sum(size for _, size in index.values())},
-        "weight_map": {name: file for name, (file, _) in sorted(index.items())},
-    }
-    (partial / INDEX).write_text(json.dumps(listing, indent=1))
-    config = pipe.config.to_dict()
-    config.update(extra_config or {})
-    config["architectures"] = [type(pipe.builder.skeleton.model).__name__]
-    config["model_type"] = pipe.config.model_type
-    config["dtype"] = str(next(p.dtype for _, p in pipe.hf_named_parameters() if p.is_floating_point())).removeprefix("torch.")
-    (partial / "config.json").write_text(json.dumps(config, indent=1, default=str))
-    n = pipe.config.vocab_size - 1
-    table = pa.table(
-        {
-            "index": pa.array(range(1, n + 1), pa.int64()),
-            "id": pa.array(list(item_ids)),
-            "title": pa.array([None] * n if titles is None else list(titles), pa.string()),
-        }
-    )
-    pq.write_table(table, partial / CATALOGUE)
-    old = out.parent / f".{out.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+        raise UserError(
+            f"{partial / absent[0]} was written on another host and is not visible here: export to shared storage"
+        )
+    write_index(partial, index)
+    write_description(partial, pipe.config, item_ids, titles, extra_config)
+    set_dtype(partial, next(p.dtype for _, p in pipe.hf_named_parameters() if p.is_floating_point()))
+    put_in_place(partial, out)

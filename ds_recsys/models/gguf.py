@@ -1,8 +1,8 @@
 """GGUF files -> a normal HF folder of safetensors, once.
 
-transformers can only read a GGUF file whole and de-quantised, which is no way to load one stage. So it is converted into a
-cache folder by one process while the others wait on a file lock, in a child process so that the caller's memory never holds
-the model, and from then on it is sliced like any other checkpoint.
+transformers can only read a GGUF file whole and de-quantised, which is no way to load one stage. So it is converted
+into a cache folder by one process while the others wait on a file lock, in a child process so that the caller's
+memory never holds the model, and from then on it is sliced like any other checkpoint.
 """
 
 import copy
@@ -57,7 +57,13 @@ def gguf_folder(path: str | os.PathLike, cache_dir: str | os.PathLike | None = N
         if not folder.exists():
             partial = Path(f"{folder}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            command = [sys.executable, "-c", "from ds_recsys.models.gguf import convert; convert()", str(path), str(partial)]
+            command = [
+                sys.executable,
+                "-c",
+                "from ds_recsys.models.gguf import convert; convert()",
+                str(path),
+                str(partial),
+            ]
             root = str(Path(__file__).parents[2])
             env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
             done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -71,6 +77,7 @@ def gguf_folder(path: str | os.PathLike, cache_dir: str | os.PathLike | None = N
 def convert() -> None:
     """Body of the child process: argv holds the GGUF file and the folder to write."""
     import torch
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, target = Path(sys.argv[1]), Path(sys.argv[2])
@@ -78,8 +85,10 @@ def convert() -> None:
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **files)
     config = copy.deepcopy(loaded.config)
     del config.quantization_config  # the tensors are de-quantised, yet transformers would refuse to save them
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(loaded.state_dict())
+    with init_empty_weights(include_buffers=False):
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
     plain.save_pretrained(target)
     AutoTokenizer.from_pretrained(source.parent, **files).save_pretrained(target)
 

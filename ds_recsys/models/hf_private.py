@@ -15,7 +15,9 @@ CAUSAL_LM_CLASSES: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 @dataclass
 class Piece:
-    """How one or several parameters come out of stored tensors: read as they are, or through transformers' operations."""
+    """How one or several parameters come out of stored tensors: read as they are, or through transformers'
+    operations.
+    """
 
     target: str
     converter: WeightConverter | None

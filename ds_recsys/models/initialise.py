@@ -1,7 +1,7 @@
 """Values for the parameters of a new layer: slices of a checkpoint, or HF's own initialisation, the same on any grid.
 
-Random values depend on (seed, HF module name) only: every module is initialised by HF's `_init_weights` under a generator
-seeded from its name, so a stage needs no other stage's layers and draws in no particular order.
+Random values depend on (seed, HF module name) only: every module is initialised by HF's `_init_weights` under a
+generator seeded from its name, so a stage needs no other stage's layers and draws in no particular order.
 """
 
 import hashlib
@@ -45,7 +45,11 @@ def fill_layer(
                 if value is None:
                     missing.append(name)
                     # NaN marks what HF's initialisation leaves out; empty memory would pass unseen.
-                    data = torch.full(meta.shape, torch.nan) if meta.is_floating_point() else torch.zeros(meta.shape, dtype=meta.dtype)
+                    data = (
+                        torch.full(meta.shape, torch.nan)
+                        if meta.is_floating_point()
+                        else torch.zeros(meta.shape, dtype=meta.dtype)
+                    )
                 else:
                     data = torch.empty(meta.shape, dtype=dtype if meta.is_floating_point() else meta.dtype)
                     data.copy_(value)
@@ -62,7 +66,9 @@ def fill_layer(
         _initialise(layer, skeleton, set(missing), seed)
         for name, param in layer.named_parameters():
             if torch.isnan(param).any():
-                raise UserError(f"HF does not initialise parameter {name!r} of {skeleton.config.model_type!r}: give weights")
+                raise UserError(
+                    f"HF does not initialise parameter {name!r} of {skeleton.config.model_type!r}: give weights"
+                )
             if param.is_floating_point() and param.dtype != dtype:
                 param.data = param.data.to(dtype)
     return missing
@@ -87,7 +93,9 @@ def _initialise(layer: "PipelineLayer", skeleton: "Skeleton", missing: set[str],
 
 
 def _initialise_outer(skeleton: "Skeleton", params: dict[str, Tensor], whole: Iterable[str], seed: int) -> None:
-    """Parameters held one by one: put them into the skeleton, where their HF modules are, and let HF initialise those."""
+    """Parameters held one by one: put them into the skeleton, where their HF modules are, and let HF initialise
+    those.
+    """
     params = {n: p for n, p in params.items() if not any(n.startswith(w + ".") for w in whole)}
     if not params:
         return

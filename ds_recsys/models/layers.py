@@ -1,13 +1,15 @@
 """The layers a stage is made of. Each holds HF parameters under HF's full names and leaves the computing to HF's code.
 
-`state_dict()` of a layer therefore reads `model.layers.3.mlp.up_proj.weight`, whatever the stage; the parameters sit in a
-tree of empty modules that spells the name. One float tensor [B, S, H] goes in and out of every layer but the first.
+`state_dict()` of a layer therefore reads `model.layers.3.mlp.up_proj.weight`, whatever the stage; the parameters sit
+in a tree of empty modules that spells the name. One float tensor [B, S, H] goes in and out of every layer but the
+first.
 """
 
 import copy
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
 if TYPE_CHECKING:
     from ds_recsys.models.specs import ModelBuilder
@@ -27,7 +29,9 @@ def attach(root: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
 
 
 class PipelineLayer(nn.Module):
-    """Parameters of one entry of the list; `module_names` are the HF modules held whole, the rest are single parameters."""
+    """Parameters of one entry of the list; `module_names` are the HF modules held whole, the rest are single
+    parameters.
+    """
 
     def __init__(self, builder: "ModelBuilder", modules: list[str], parameters: list[str]):
         super().__init__()
@@ -48,13 +52,14 @@ class PipelineLayer(nn.Module):
 
 
 class ItemTable(PipelineLayer):
-    """HF's token embedding, one row per item: ids [B, S] int64 -> [B, S, E]."""
+    """HF's token embedding, one row per item, with our dropout behind it: ids [B, S] int64 -> [B, S, E]."""
 
     def __init__(self, builder: "ModelBuilder"):
         super().__init__(builder, [builder.skeleton.embedding_name], [])
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.get_submodule(self.module_names[0])(ids)
+        embedded = self.get_submodule(self.module_names[0])(ids)
+        return dropout(embedded, self.builder.embedding_dropout, self.training)
 
 
 class Prologue(PipelineLayer):
@@ -97,7 +102,9 @@ class Epilogue(PipelineLayer):
 
 
 class Head(PipelineLayer):
-    """The head's own parameters (all but a tied table). Returns hidden states: the loss asks for the logits it needs."""
+    """The head's own parameters (all but a tied table). Returns hidden states: the loss asks for the logits it
+    needs.
+    """
 
     def __init__(self, builder: "ModelBuilder"):
         super().__init__(builder, [], [n for n in builder.skeleton.owned("head") if n != builder.skeleton.table_name])

@@ -22,10 +22,12 @@ class RecommenderPipe(PipelineModule):
         topology: DeepSpeed `ProcessTopology` with axes `pipe` and `data`.
         weights: pretrained weights, or None for random ones; either way a stage makes its own layers only.
         seed: of the random initialisation; values depend on (seed, HF name), not on the grid.
-        partition_method: "parameters", "uniform" or "type:REGEX" (on `Block`, `ItemTable`, `Prologue`, `Epilogue`, `Head`).
+        partition_method: "parameters", "uniform" or "type:REGEX" (on `Block`, `ItemTable`, `Prologue`, `Epilogue`,
+            `Head`).
         bounds: first layer of each stage and the number of layers, in place of `partition_method`.
         activation_checkpoint_interval: recompute every that many layers in backward; 0: keep activations.
         dtype: of the parameters as built; DeepSpeed casts for bf16 itself.
+        embedding_dropout: on the item embeddings while training, beside what the config's own fields drop.
         pipe_options: `loss_fn`, `seed_layers`, `base_seed`, `dynamic_shape` ... of DeepSpeed's PipelineModule.
 
     Input of the first stage: ids [B, S] int64. Output of the last: hidden states [B, S, H]; `loss_fn` gets those.
@@ -45,11 +47,13 @@ class RecommenderPipe(PipelineModule):
         bounds: Sequence[int] | None = None,
         activation_checkpoint_interval: int = 0,
         dtype: torch.dtype = torch.float32,
+        embedding_dropout: float = 0.0,
         loss_fn: Callable | None = None,
         **pipe_options,
     ):
-        builder = ModelBuilder(config, weights, seed=seed, dtype=dtype)
-        # nn.Module refuses attributes before its __init__, which only runs inside PipelineModule's; these are no modules.
+        builder = ModelBuilder(config, weights, seed=seed, dtype=dtype, embedding_dropout=embedding_dropout)
+        # nn.Module refuses attributes before its __init__, which only runs inside PipelineModule's; these are no
+        # modules.
         object.__setattr__(self, "builder", builder)
         object.__setattr__(self, "_wanted_bounds", None if bounds is None else list(bounds))
         options = {"activation_checkpoint_func": checkpointing.non_reentrant_checkpoint, **pipe_options}
@@ -80,6 +84,10 @@ class RecommenderPipe(PipelineModule):
         check_bounds(parts, self.num_stages, self.builder.parameter_counts(), self.builder.tail())
         self.parts = parts
         self._set_bounds(start=parts[self.stage_id], stop=parts[self.stage_id + 1])
+
+    def _synchronize_tied_weights(self) -> None:
+        with torch.no_grad():  # DeepSpeed broadcasts parameters that require grad, which makes autograd warn in each run
+            super()._synchronize_tied_weights()
 
     def _is_checkpointable(self, funcs: list) -> bool:
         """Recompute decoder layers; never the item table, whose input has no gradient."""
@@ -132,16 +140,19 @@ def keep_tail(parts: list[int], tail: int) -> list[int]:
 def check_bounds(parts: Sequence[int], num_stages: int, counts: Sequence[int], tail: int) -> None:
     """Raise `UserError` unless `parts` cuts the list into `num_stages` stages that each have parameters."""
     n = len(counts)
-    if len(parts) != num_stages + 1 or parts[0] != 0 or parts[-1] != n or any(a > b for a, b in zip(parts, parts[1:])):
+    rising = all(a <= b for a, b in zip(parts, parts[1:], strict=False))
+    if len(parts) != num_stages + 1 or parts[0] != 0 or parts[-1] != n or not rising:
         raise UserError(
             f"stage bounds {list(parts)} do not cut {n} layers into {num_stages} stages: give {num_stages + 1} rising "
             f"numbers from 0 to {n}"
         )
-    for stage, (start, stop) in enumerate(zip(parts, parts[1:])):
+    for stage, (start, stop) in enumerate(zip(parts, parts[1:], strict=False)):
         if sum(counts[start:stop]) == 0:
             raise UserError(
                 f"stage {stage} of {num_stages} would hold no parameter (stage bounds {list(parts)}, {n} layers): "
                 "use fewer stages, more layers or other bounds"
             )
     if num_stages > 1 and parts[-2] > n - tail:
-        raise UserError(f"stage bounds {list(parts)} split the head: the last {tail} of {n} layers belong on the last stage")
+        raise UserError(
+            f"stage bounds {list(parts)} split the head: the last {tail} of {n} layers belong on the last stage"
+        )

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from ds_recsys.errors import UserError
+from ds_recsys.models.replay import Call, with_hidden
 from ds_recsys.models.unsupported import refuse
 
 if TYPE_CHECKING:
-    from ds_recsys.models.skeleton import Call, Skeleton
+    from ds_recsys.models.skeleton import Skeleton
 
 BATCH, LENGTH = 2, 3
 CPU = torch.device("cpu")
 
 
 def probe(skeleton: "Skeleton") -> None:
-    """Fill in what the skeleton must know of its model (`wrap`, `trunk_name`, `canned`, `owner`, `glue`), or raise `UserError`."""
+    """Fill in what the skeleton must know of its model (`wrap`, `trunk_name`, `canned`, `owner`, `glue`), or raise
+    `UserError`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -56,7 +59,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _find_return_style(skeleton: "Skeleton") -> None:
-    """Do layers return a tensor or a tuple? The caller knows, so try each and see which one HF's forward gets through."""
+    """Do layers return a tensor or a tuple? The caller knows, so try each and see which one HF's forward gets
+    through.
+    """
     styles = (lambda h: h, lambda h: (h,), lambda h: (h, None), lambda h: (h, None, None))
     error: Exception | None = None
     for style in styles:
@@ -73,11 +78,16 @@ def _find_return_style(skeleton: "Skeleton") -> None:
             break
         error = error or ValueError(f"layers are given inputs of shapes {seen[:3]}")
     else:
-        _fail(skeleton, f"its forward does not run over stubs of its layers ({type(error).__name__}: {str(error)[:160]})")
+        _fail(
+            skeleton, f"its forward does not run over stubs of its layers ({type(error).__name__}: {str(error)[:160]})"
+        )
     if tuple(seen[0][:2]) != (BATCH, LENGTH):
         _fail(skeleton, f"hidden states are laid out as {tuple(seen[0])}, not [batch, length, hidden]")
     if replay.order != list(range(len(skeleton.blocks))):
-        _fail(skeleton, f"its {len(skeleton.blocks)} layers are called in the order {replay.order[:8]}, not once each in turn")
+        _fail(
+            skeleton,
+            f"its {len(skeleton.blocks)} layers are called in the order {replay.order[:8]}, not once each in turn",
+        )
     if replay.embeds != 1:
         _fail(skeleton, f"the token embedding is called {replay.embeds} times")
     if skeleton.trunk_name is None or replay.trunk_out is None:
@@ -86,8 +96,6 @@ def _find_return_style(skeleton: "Skeleton") -> None:
 
 
 def _without_tensors(out: Any) -> Any:
-    from ds_recsys.models.skeleton import with_hidden
-
     return None if isinstance(out, Tensor) else with_hidden(out, None)
 
 
@@ -105,7 +113,8 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _check_arguments(skeleton: "Skeleton") -> None:
     """Record twice with other embeddings, ids and stand-in parameters: whatever differs depends on another stage.
 
-    The second outputs of layers that return tuples differ too: a layer that gets its predecessor's router state is caught.
+    The second outputs of layers that return tuples differ too: a layer that gets its predecessor's router state is
+    caught.
     """
     width = skeleton.embedding.weight.shape[1]
     wrap = skeleton.wrap
@@ -125,7 +134,7 @@ def _check_arguments(skeleton: "Skeleton") -> None:
             _compare(skeleton, index, a, b)
 
 
-def _compare(skeleton: "Skeleton", index: int, a: "Call", b: "Call") -> None:
+def _compare(skeleton: "Skeleton", index: int, a: Call, b: Call) -> None:
     for name, value in [*enumerate(a.args), *a.kwargs.items()]:
         if name != a.at and isinstance(value, (dict, list, set)) and not value:
             _fail(skeleton, f"layer {index} shares mutable state with other layers through argument {name!r}")
@@ -137,8 +146,8 @@ def _compare(skeleton: "Skeleton", index: int, a: "Call", b: "Call") -> None:
                 name = path.split(".")[2]
                 _fail(
                     skeleton,
-                    f"layer {index}'s argument {name!r} depends on token ids, other layers' outputs or parameters outside "
-                    "the layers",
+                    f"layer {index}'s argument {name!r} depends on token ids, other layers' outputs or "
+                    "parameters outside the layers",
                 )
         elif "Cache" in type(value).__name__:
             _fail(skeleton, f"layer {index} is given a {type(value).__name__} although use_cache is off")
@@ -177,7 +186,9 @@ def _use(skeleton: "Skeleton", index: int, hidden: Tensor) -> Tensor:
     _own(skeleton, index, leaves, out)
     out = out.detach()
     with torch.no_grad():
-        for name in skeleton.outer.keys() - set(skeleton.owned(index)):  # read under no_grad: sinusoids kept as parameters
+        for name in skeleton.outer.keys() - set(
+            skeleton.owned(index)
+        ):  # read under no_grad: sinusoids kept as parameters
             if not _same(skeleton.boundary(index, hidden, {**values, name: -values[name]}, False), out):
                 _take(skeleton, index, name)
         if not _same(skeleton.boundary(index, hidden, values, False, ids=_random_ids(skeleton)), out):

@@ -30,13 +30,17 @@ def recommender_config(
         model_type = fields.pop("model_type", None)
         if model_type not in CAUSAL_LM_CLASSES:
             raise UserError(f"model_type {model_type!r} is no causal LM of the installed transformers")
+        check_supported(model_type)
         config = AutoConfig.for_model(model_type, **fields)
     else:
         config = copy.deepcopy(base)
+    check_supported(config.model_type)
     text = config.get_text_config(decoder=True)
     if type(text) is not type(config):  # the language half of a multimodal model
         if text.model_type not in CAUSAL_LM_CLASSES:
-            refuse(config.model_type, f"its language half, {text.model_type!r}, is no causal LM of its own in transformers")
+            refuse(
+                config.model_type, f"its language half, {text.model_type!r}, is no causal LM of its own in transformers"
+            )
         config = text
     if config.model_type not in CAUSAL_LM_CLASSES:
         raise UserError(f"model_type {config.model_type!r} is no causal LM of the installed transformers")
@@ -49,7 +53,11 @@ def recommender_config(
     for name in ("bos_token_id", "eos_token_id"):
         try:
             setattr(config, name, None)
-        except (TypeError, ValueError, StrictDataclassError):  # a few configs insist on a number; it is never generated from
+        except (
+            TypeError,
+            ValueError,
+            StrictDataclassError,
+        ):  # a few configs insist on a number; it is never generated from
             setattr(config, name, 0)
     config.use_cache = False
     if hasattr(config, "is_decoder") and not config.is_encoder_decoder:

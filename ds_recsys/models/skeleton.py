@@ -6,7 +6,8 @@ decoder layer is replaced by a stub that records how it is called and returns it
 another stage are replaced by constants of the right shape that take no memory. What one replay yields
 
 * `arguments(hidden)`: how each layer is called for this shape; cached, since it must not depend on hidden values;
-* `boundary(i, hidden, params)`: what HF computes between layer i-1 and layer i (0: embedding -> layer 0, n: last layer ->
+* `boundary(i, hidden, params)`: what HF computes between layer i-1 and layer i (0: embedding -> layer 0, n: last
+layer ->
   `last_hidden_state`), differentiable in `hidden` and `params`;
 * `logits(hidden, params)`: what the causal LM does to `last_hidden_state`.
 
@@ -18,7 +19,6 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,34 +27,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ds_recsys.errors import UserError
+from ds_recsys.models.probe import probe
+from ds_recsys.models.replay import Call, Done, Replay
 
 CACHED_SHAPES = 32  # one entry per (batch, length, dtype, device, training); windows are bucketed, so few are live
-
-
-@dataclass
-class Call:
-    """How HF calls one decoder layer; `at` says where the hidden states go (position or keyword)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    at: int | str
-
-    def apply(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Run `layer` on `hidden` [B, S, H] as HF would; layers that return tuples put the hidden states first."""
-        args, kwargs = list(self.args), dict(self.kwargs)
-        if isinstance(self.at, int):
-            args[self.at] = hidden
-        else:
-            kwargs[self.at] = hidden
-        out = layer(*args, **kwargs)
-        return out[0] if isinstance(out, (tuple, list)) else out
-
-
-class _Done(Exception):
-    """Leaves HF's forward early with the value that was wanted."""
-
-    def __init__(self, value: Any):
-        self.value = value
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -67,7 +43,9 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 class Skeleton:
-    """Holds every layer's blueprint on the meta device; owns no weight, so it can serve any set of layers at any time."""
+    """Holds every layer's blueprint on the meta device; owns no weight, so it can serve any set of layers at any
+    time.
+    """
 
     def __init__(self, config: PreTrainedConfig):
         self.model = empty_model(config)
@@ -77,14 +55,16 @@ class Skeleton:
         self._patch()
         self.wrap: Callable[[Tensor], Any] = lambda hidden: hidden  # how layers return hidden states; set by the probe
         self.glue: list[bool] = []  # boundary i computes something; set by the probe
-        self.owner: dict[str, int | str] = {}  # outer parameter -> the boundary, or "head", that uses it; set by the probe
+        self.owner: dict[
+            str, int | str
+        ] = {}  # outer parameter -> the boundary, or "head", that uses it; set by the probe
         self.tied = False  # the head reads the token table
         self._cache: OrderedDict[tuple, list[Call]] = OrderedDict()
         self.buffer_device = torch.device("cpu")
         self._fills: dict[tuple, dict[str, Tensor]] = {}
-        self.canned: Any = None  # the trunk's output object, set by the probe; `logits` puts its hidden states into a copy
-        from ds_recsys.models.probe import probe
-
+        self.canned: Any = (
+            None  # the trunk's output object, set by the probe; `logits` puts its hidden states into a copy
+        )
         probe(self)
 
     # ---- anatomy ------------------------------------------------------------------------------------------------
@@ -96,10 +76,20 @@ class Skeleton:
             raise UserError(f"model type {name!r} has no single token embedding table to put items in")
         self.embedding_name = next(n for n, m in self.model.named_modules() if m is self.embedding)
         lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        towers = tuple(
+            n + "."
+            for n, m in self.model.named_modules()
+            if isinstance(m, PreTrainedModel) and m.main_input_name != "input_ids"  # image and audio encoders
+        )
+        # Whisper's decoder claims to be one, so the rule yields when nothing is left.
+        lists = {n: m for n, m in lists.items() if not n.startswith(towers)} or lists
         outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
         if not outer:
             raise UserError(f"model type {name!r} keeps its decoder layers in no ModuleList")
-        self.list_name = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
+        depth = getattr(self.config, "num_hidden_layers", None)
+        self.list_name = max(
+            outer, key=lambda n: (len(outer[n]) == depth, sum(p.numel() for p in outer[n].parameters()))
+        )
         self.blocks: list[nn.Module] = list(outer[self.list_name])
         path = self.list_name.split(".")
         self.trunk_names = [".".join(path[:i]) for i in range(1, len(path))]
@@ -114,7 +104,9 @@ class Skeleton:
         return [name for name in self.outer if self.owner.get(name) == where]
 
     def _index_parameters(self) -> None:
-        """`outer`: parameters outside the layers by canonical name; `_slots`: every place (ties too) they are read from."""
+        """`outer`: parameters outside the layers by canonical name; `_slots`: every place (ties too) they are read
+        from.
+        """
         table = self.embedding.weight
         self.table_name = f"{self.embedding_name}.weight"
         canonical: dict[int, str] = {id(table): self.table_name}
@@ -131,8 +123,8 @@ class Skeleton:
                 full = f"{module_name}.{attr}" if module_name else attr
                 if block_of.setdefault(id(param), block) != block:
                     raise UserError(
-                        f"model type {self.config.model_type!r} shares parameter {full!r} between layers of the pipeline; "
-                        "only the token table may be shared"
+                        f"model type {self.config.model_type!r} shares parameter {full!r} between layers "
+                        "of the pipeline; only the token table may be shared"
                     )
                 name = canonical.setdefault(id(param), full)
                 self.aliases[full] = name
@@ -142,7 +134,7 @@ class Skeleton:
 
     def _patch(self) -> None:
         """Instance-level forwards: attributes that HF reads off a layer (`attention_type`) stay where they are."""
-        self._active: _Replay | None = None
+        self._active: Replay | None = None
         for index, block in enumerate(self.blocks):
             block.forward = self._stub("block", index)
         self.embedding.forward = self._stub("embed")
@@ -188,7 +180,7 @@ class Skeleton:
             for (slots, attr, _), param in zip(self._slots, kept, strict=True):
                 slots[attr] = param
 
-    def run(self, replay: "_Replay", ids: Tensor, params: Mapping[str, Tensor], training: bool) -> Any:
+    def run(self, replay: Replay, ids: Tensor, params: Mapping[str, Tensor], training: bool) -> Any:
         """HF's whole forward with `replay` answering for the stubs -> its output, or the value a stub stopped with."""
         if self.model.training != training:
             self.model.train(training)
@@ -197,7 +189,7 @@ class Skeleton:
         try:
             with self._bound(params, ids.device):
                 return self.model(input_ids=ids, **extra)
-        except _Done as done:
+        except Done as done:
             return done.value
         finally:
             self._active = None
@@ -208,7 +200,8 @@ class Skeleton:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        # A replay may draw from the generator (dropout before layer 0); a cache hit must leave the same state as a miss.
+        # A replay may draw from the generator (dropout before layer 0); a cache hit must leave the same state as a
+        # miss.
         devices = [hidden.device] if hidden.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             calls = self.record(hidden.shape[0], hidden.shape[1], hidden.dtype, hidden.device, training).calls
@@ -220,12 +213,14 @@ class Skeleton:
     def record(
         self, batch: int, length: int, dtype: torch.dtype, device: torch.device, training: bool, *,
         embedded: Tensor | None = None, ids: Tensor | None = None, params: Mapping[str, Tensor] | None = None,
-    ) -> "_Replay":  # fmt: skip
-        """One whole replay; `embedded` [B, S, E], `ids` [B, S] and `params` may be anything: no argument depends on them."""
+    ) -> Replay:  # fmt: skip
+        """One whole replay; `embedded` [B, S, E], `ids` [B, S] and `params` may be anything: no argument depends on
+        them.
+        """
         ids = torch.ones(batch, length, dtype=torch.int64, device=device) if ids is None else ids
         if embedded is None:
             embedded = torch.zeros(batch, length, self.embedding.weight.shape[1], dtype=dtype, device=device)
-        replay = _Replay(self, {"embed": embedded})
+        replay = Replay(self, {"embed": embedded})
         self.run(replay, ids, self.fill(dtype, device) if params is None else params, training)
         return replay
 
@@ -245,78 +240,13 @@ class Skeleton:
         ids = torch.ones(batch, length, dtype=torch.int64, device=hidden.device) if ids is None else ids
         stop = index if index < len(self.blocks) else "trunk"
         every = {**self.fill(hidden.dtype, hidden.device), **params}
-        return self.run(_Replay(self, inject, stop), ids, every, training)
+        return self.run(Replay(self, inject, stop), ids, every, training)
 
     def logits(self, hidden: Tensor, params: Mapping[str, Tensor], training: bool) -> Tensor:
         """HF's causal LM head on `last_hidden_state` of any leading shape: [..., H] -> [..., V]."""
         rows = hidden.reshape(1, -1, hidden.shape[-1])
         ids = torch.ones(rows.shape[:2], dtype=torch.int64, device=hidden.device)
         every = {**self.fill(hidden.dtype, hidden.device), **params}
-        out = self.run(_Replay(self, {"trunk": rows}), ids, every, training)
+        out = self.run(Replay(self, {"trunk": rows}), ids, every, training)
         logits = out[0] if isinstance(out, tuple) else out.logits
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
-
-
-class _Replay:
-    """One pass through HF's forward: answers for the stubs, records, injects values and stops where told."""
-
-    def __init__(self, skeleton: Skeleton, inject: dict[Any, Tensor], stop: int | str | None = None):
-        self.skeleton, self.inject, self.stop = skeleton, inject, stop
-        self.calls: list[Call] = []
-        self.order: list[int] = []
-        self.inputs: list[Any] = []
-        self.outputs: list[Any] = []
-        self.trunk_out: Any = None
-        self.embeds = 0
-
-    def embed(self, args: tuple, kwargs: dict) -> Tensor:
-        self.embeds += 1
-        return self.inject["embed"].clone()  # CTRL scales it in place
-
-    def block(self, index: int, args: tuple, kwargs: dict) -> Any:
-        at: int | str = 0 if args else "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-        hidden = args[0] if args else kwargs[at]
-        if self.stop == index:
-            raise _Done(hidden)
-        if args:
-            args = (None, *args[1:])
-        else:
-            kwargs = {**kwargs, at: None}
-        self.calls.append(Call(args, kwargs, at))
-        self.order.append(index)
-        self.inputs.append(hidden)
-        out = self.inject[index].clone() if index in self.inject else hidden
-        self.outputs.append(out)
-        return self.skeleton.wrap(out)  # the probe's finding: a tensor, or a tuple as long as HF's caller unpacks
-
-    def trunk(self, name: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        skeleton = self.skeleton
-        if skeleton.trunk_name is None:
-            skeleton.trunk_name = name
-        if name != skeleton.trunk_name:
-            return forward(*args, **kwargs)
-        if "trunk" in self.inject:
-            return with_hidden(skeleton.canned, self.inject["trunk"])
-        out = forward(*args, **kwargs)
-        if self.stop == "trunk":
-            raise _Done(hidden_of(out))
-        self.trunk_out = out
-        return out
-
-
-def hidden_of(out: Any) -> Tensor:
-    """`last_hidden_state` of a trunk's output, which is a ModelOutput, a tuple or a tensor."""
-    if isinstance(out, Tensor):
-        return out
-    return out.last_hidden_state if hasattr(out, "last_hidden_state") else out[0]
-
-
-def with_hidden(out: Any, hidden: Tensor | None) -> Any:
-    """A copy of the trunk's output `out` that carries `hidden` instead."""
-    if isinstance(out, Tensor) or out is None:
-        return hidden
-    if hasattr(out, "last_hidden_state"):
-        changed = copy.copy(out)
-        changed["last_hidden_state"] = hidden
-        return changed
-    return (hidden, *out[1:])

@@ -1,7 +1,7 @@
 """HF causal LM -> the list of LayerSpecs of its pipeline.
 
-`ModelBuilder` is what every spec carries: config, weights and seed, cheap and picklable; the skeleton is made on first use,
-once per process, and shared by the layers of the stage.
+`ModelBuilder` is what every spec carries: config, weights and seed, cheap and picklable; the skeleton is made on
+first use, once per process, and shared by the layers of the stage.
 """
 
 import torch
@@ -22,9 +22,16 @@ class ModelBuilder:
     """Makes the layers of one model; any layer, on any rank, at any time, with the same values everywhere."""
 
     def __init__(
-        self, config: PreTrainedConfig, weights: Weights | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        config: PreTrainedConfig,
+        weights: Weights | None = None,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        embedding_dropout: float = 0.0,
     ):
         check_supported(config.model_type)
+        self.embedding_dropout = embedding_dropout
         self.config, self.weights, self.seed, self.dtype = config, weights, seed, dtype
         self._skeleton: Skeleton | None = None
         self._source = None

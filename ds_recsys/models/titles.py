@@ -1,7 +1,7 @@
 """Item embeddings from item titles: the mean of the language model's own token embeddings of each title.
 
-Computed once by whichever process comes first and kept in a file, so that the stages that hold the item table read it and
-the others never see the language model's vocabulary.
+Computed once by whichever process comes first and kept in a file, so that the stages that hold the item table read it
+and the others never see the language model's vocabulary.
 """
 
 import hashlib

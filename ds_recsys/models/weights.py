@@ -1,7 +1,8 @@
 """Where pretrained weights come from: tensors by HF name, read one at a time so that a stage holds only its own.
 
 A checkpoint's names are not always the model's (renamed modules, experts stored one by one and used stacked, a missing
-`model.` prefix); transformers' own conversion mapping is applied to the names first and to the tensors as they are asked for.
+`model.` prefix); transformers' own conversion mapping is applied to the names first and to the tensors as they are
+asked for.
 """
 
 import copy
@@ -116,15 +117,20 @@ def _files(folder: Path) -> dict[str, str]:
         with safe_open(folder / SINGLE, framework="pt") as file:
             return {name: str(folder / SINGLE) for name in file.keys()}
     if list(folder.glob("*.bin")):
-        raise UserError(f"{folder} holds only .bin weights, which cannot be read slice by slice: save it again as safetensors")
+        raise UserError(
+            f"{folder} holds only .bin weights, which cannot be read slice by slice: save it again as safetensors"
+        )
     raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}")
 
 
-def open_weights(name: str | os.PathLike, *, revision: str | None = None, cache_dir: str | os.PathLike | None = None) -> Weights:
+def open_weights(
+    name: str | os.PathLike, *, revision: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> Weights:
     """Pretrained weights by local folder, `.gguf` file or hub id.
 
     Args:
-        name: folder in HF's layout, path of a GGUF file (converted once, into `cache_dir`), or hub id such as `org/model`.
+        name: folder in HF's layout, path of a GGUF file (converted once, into `cache_dir`), or hub id such as
+            `org/model`.
         revision: hub revision.
         cache_dir: where converted files go; default `~/.cache/ds_recsys`.
 
@@ -145,10 +151,12 @@ def open_weights(name: str | os.PathLike, *, revision: str | None = None, cache_
 
 def _hub_folder(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
-        raise UserError(f"{name!r} is no local folder, and the hub did not give it: {str(exc).splitlines()[0]}") from exc
+        raise UserError(
+            f"{name!r} is no local folder, and the hub did not give it: {str(exc).splitlines()[0]}"
+        ) from exc

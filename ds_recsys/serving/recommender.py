@@ -44,7 +44,7 @@ class Recommender:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(folder).to(device)
         catalogue = pyarrow.parquet.read_table(folder / "items.parquet").to_pydict()
-        items = [str(item) for item in catalogue["item"]]
+        items = [str(item) for item in catalogue["id"]]
         return cls(model, items, catalogue.get("title"), model.config.recsys["max_length"])
 
     def recommend(self, history: Sequence, k: int = 10, *, exclude_history: bool = True) -> list[Recommendation]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ds_recsys.data import leave_one_out, read_interactions
 from ds_recsys.errors import UserError
-from ds_recsys.evaluation import RankingMetrics, seen_items, target_rank, top_k
+from ds_recsys.metrics import RankingMetrics, seen_items, target_rank, top_k
 
 
 def flat(seen: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

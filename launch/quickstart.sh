@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Makes .venv, installs, fetches MovieLens 100K, fine-tunes on pipe 2 x data 2, evaluates, exports, recommends.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+make_environment ""
+
+run_dir="${1:-runs/quickstart}"
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+case "$gpus" in
+  0) export DS_ACCELERATOR=cpu; ranks=4 pipe=2 ;;
+  1) ranks=1 pipe=1 ;;
+  2 | 3) ranks=2 pipe=2 ;;
+  *) ranks=4 pipe=2 ;;
+esac
+echo "training on $ranks ranks (pipe $pipe x data $((ranks / pipe))), $gpus GPUs"
+deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}" launch/train.py \
+  --deepspeed_config ds_configs/quickstart.json --set "recsys.pipe=$pipe" --run_dir "$run_dir"
+python launch/recommend.py "$run_dir/export" --data ml-100k --user 1
