@@ -1,7 +1,7 @@
 """A run's model as a normal Hugging Face folder: safetensors, config.json and the item catalogue (items.parquet).
 
-python launch/export.py runs/quickstart exported                  the best validation's weights
-python launch/export.py runs/quickstart exported --checkpoint     the newest checkpoint's, or --checkpoint step_00000120
+python launch/export.py RUN_DIR OUT                  the best validation's weights, or else the newest checkpoint's
+python launch/export.py RUN_DIR OUT --checkpoint     the newest checkpoint's; --checkpoint step_00000120: that one's
 """
 import shutil
 from pathlib import Path
@@ -15,16 +15,16 @@ def main(options) -> None:
     from ds_recsys.models.folder import put_in_place
 
     run_dir, out = Path(options.run_dir), Path(options.out)
-    if options.checkpoint:
+    if not (run_dir / "model").exists():
+        raise UserError(f"{run_dir}: no model/ in it, so not the folder of a run; give the --run_dir of launch/train.py")
+    if options.checkpoint or not (run_dir / "best").exists():
         tag = options.checkpoint if isinstance(options.checkpoint, str) else None
         convert_checkpoint(checkpoint.find(run_dir / "checkpoints", tag), run_dir / "model", out)
-    elif (run_dir / "best").exists():
+    else:
         partial = out.parent / f".{out.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(run_dir / "best", partial)
         put_in_place(partial, out)
-    else:
-        raise UserError(f"{run_dir}: no best/ in it; give the folder of a run, or --checkpoint for its newest checkpoint")
     print(out)
 
 

@@ -122,7 +122,7 @@ def test_other_launchers_train_the_same(unbroken, launcher):
     folder, arguments, _ = unbroken
     command = {
         "torchrun": ["torchrun", "--nproc_per_node", "4", "--master_port", "29516"],
-        "accelerate": ["accelerate", "launch", "--cpu", "--multi_cpu", "--num_processes", "4", "--main_process_port", "29517"],
+        "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "4", "--main_process_port", "29517"],
     }[launcher]
     command[0] = str(_BIN / command[0])
     _run(folder, command, *arguments, "--run_dir", folder / launcher, "--set", "recsys.training.epochs=1")

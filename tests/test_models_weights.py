@@ -200,6 +200,8 @@ def _export_round_trip(model_type, out):
     export(pipe, out, item_ids=ids, titles=["a title"] * 49, extra_config={"recsys_note": 1})
     export(pipe, out, item_ids=ids, titles=["a title"] * 49)  # over an older one
     whole = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    shards = [load_file(f).keys() for f in sorted(Path(out).glob("*.safetensors"))]
+    assert len(shards) == 2 and not shards[0] & shards[1]  # a tied table is written once
     assert not list(Path(out).parent.glob(".*"))
     builder = ModelBuilder(config, seed=4)
     specs = builder.specs()

@@ -165,9 +165,10 @@ class Training(Block):
     patience: Positive | None = Field(
         None, description="Stop after this many validations without a better one, by `best`."
     )
-    best: Literal["loss", "ndcg"] = Field(
-        "loss", description="What makes a validation the best: the lowest loss, or the highest NDCG (at the first of "
-        "`evaluation.k`), which is noisier on few users."
+    best: Literal["ndcg", "loss"] = Field(
+        "ndcg",
+        description="What makes a validation the best: the highest NDCG (at the first of `evaluation.k`), which is noisy "
+        "with few users, or the lowest loss.",
     )
     keep_best: bool = Field(True, description="End with the weights of the best validation and not with the last.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all items.")
