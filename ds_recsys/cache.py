@@ -1,4 +1,5 @@
 """Where everything that can be made again is kept: windows, packaged data, converted weights."""
+
 import os
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """What a Trainer calls as it goes: subclass `Callback` and override what you need."""
+
 import sys
 import time
 

@@ -7,6 +7,7 @@
 
 All ranks must see one file system, as DeepSpeed itself requires.
 """
+
 import json
 import os
 import shutil

@@ -2,6 +2,7 @@
 
 tests/test_compat.py fails with the name and this file's line when a DeepSpeed version moves one of them.
 """
+
 import contextlib
 import types
 

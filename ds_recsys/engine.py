@@ -1,4 +1,5 @@
 """`initialize()`: deepspeed.initialize plus what the config's "recsys" block names."""
+
 import copy
 import inspect
 

@@ -1,4 +1,5 @@
 """Full-ranking evaluation under the training grid: each data rank scores its users on its last stage."""
+
 from collections.abc import Sequence
 from itertools import islice
 

@@ -1,4 +1,5 @@
 """Next-item loss: cross-entropy over the catalogue at every supervised position, averaged over the global batch."""
+
 import torch
 import torch.nn.functional as F
 

@@ -1,4 +1,5 @@
 """What a run is judged by: one table against the baselines, metrics.json and a plot."""
+
 import json
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def table(results: dict[str, dict], k: int) -> str:
     rows = [["", *names]]
     rows += [[model, *(f"{figures[name]:.4f}" for name in names)] for model, figures in results.items() if figures]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 

@@ -1,4 +1,5 @@
 """The grid of ranks: axes pipe x data x tensor, and how a process joins it."""
+
 import hashlib
 import os
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """The loop over `train_batch`: data, model and engine from one config, validation, save and resume, export."""
+
 import json
+import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -70,9 +72,19 @@ class Trainer:
         self.config = config = config.resolve(windows=len(windows), model_config=model_config)
         recsys, values = config.recsys, config.deepspeed
         self.grid = Grid(recsys.pipe, recsys.data, recsys.tensor)
-        self._identity = {"grid": str(self.grid), "split": self.split.hash, "train_batch_size": values["train_batch_size"]}
-        if state and state["identity"] != self._identity:
-            raise UserError(f"{found}: saved by {state['identity']}, this run is {self._identity}; resume with the same ones")
+        self._identity = {
+            "grid": str(self.grid),
+            "model": f"{model_config.model_type}, {model_config.num_hidden_layers} x {model_config.hidden_size}",
+            "split": self.split.hash,
+            "seed": recsys.seed,
+            "train_batch_size": values["train_batch_size"],
+        }
+        for key, value in self._identity.items():
+            if state and state["identity"][key] != value:
+                raise UserError(
+                    f"{found}: saved with {key} {state['identity'][key]}, this run has {key} {value}; make them equal, "
+                    "or start without --resume in another --run_dir"
+                )
 
         init_distributed()
         torch.set_num_threads(recsys.threads_per_rank)
@@ -121,6 +133,7 @@ class Trainer:
             f"{self.pipe.config.model_type}, {self.pipe.config.num_hidden_layers} decoder layers; {self.grid}; {stages}",
             f"{self.total_steps} steps of {self.batches.global_batch} windows, {self.batches.padding_fraction:.0%} padding",
             *self.config.describe(),
+            *(f"warning: {line}" for line in self.config.warnings),
         ]
         return "\n".join(lines)
 
@@ -139,12 +152,17 @@ class Trainer:
         while self.state["step"] < self.total_steps and not self._out_of_patience():
             epoch, position = divmod(self.state["step"], self.batches.steps_per_epoch)
             for micro_batches in self.batches.epoch_iterator(epoch, position):
-                self._step(micro_batches)
+                loss = self._step(micro_batches)
                 finished = self.state["step"] >= self.total_steps
                 epoch_done = finished or self.state["step"] % self.batches.steps_per_epoch == 0
-                if epoch_done and training.eval_every_epochs and (finished or (epoch + 1) % training.eval_every_epochs == 0):
+                validate = epoch_done and training.eval_every_epochs
+                validate = validate and (finished or (epoch + 1) % training.eval_every_epochs == 0)
+                save = self._save_is_due(epoch_done)
+                if validate or save:
+                    self._check_finite(loss)
+                if validate:
                     self._validate()
-                if self._save_is_due(epoch_done):
+                if save:
                     self.save()
                 if finished:
                     break
@@ -188,7 +206,7 @@ class Trainer:
             keep_last=self.config.recsys.checkpoint.keep_last,
         )
 
-    def _step(self, micro_batches: list) -> None:
+    def _step(self, micro_batches: list) -> torch.Tensor:
         length = micro_batches[0][0].shape[1]
         if length != self._length:
             self.engine.reset_activation_shape()
@@ -199,11 +217,26 @@ class Trainer:
         if self._log:
             self._log.step(self.state["step"], loss)
         self._call("on_step_end", loss)
+        if self.state["step"] % 20 == 0:
+            self._check_finite(loss)
+        return loss
+
+    def _check_finite(self, loss: torch.Tensor) -> None:
+        """Every rank has the same loss, so all stop together; checkpoints are only written from finite ones."""
+        if not math.isfinite(loss.item()):
+            raise UserError(
+                f"the loss is {loss.item()} at step {self.state['step']}: training has diverged; lower the learning rate, "
+                "lengthen the warm-up or clip gradients, then start again or --resume"
+            )
 
     def _validate(self) -> None:
         metrics = self.evaluate("valid")
         self._length = None
-        name, sign = ("loss", -1) if self.config.recsys.training.best == "loss" else (f"NDCG@{self.config.recsys.evaluation.k[0]}", 1)
+        name, sign = (
+            ("loss", -1)
+            if self.config.recsys.training.best == "loss"
+            else (f"NDCG@{self.config.recsys.evaluation.k[0]}", 1)
+        )
         best = self.state["best"]
         if best is None or sign * metrics[name] > sign * best["metrics"][name]:
             self.state.update(best={"step": self.state["step"], "metrics": metrics}, validations_since_best=0)
@@ -213,6 +246,7 @@ class Trainer:
             self.state["validations_since_best"] += 1
         if self._log:
             self._log.write({"step": self.state["step"], "valid": metrics})
+        if self.is_main and self.engine.monitor.enabled:
             samples = self.engine.global_samples
             self.engine.monitor.write_events([(f"Valid/{key}", value, samples) for key, value in metrics.items()])
         self._call("on_validation", metrics)
@@ -224,7 +258,9 @@ class Trainer:
     def _save_is_due(self, epoch_done: bool) -> bool:
         saving, step = self.config.recsys.checkpoint, self.state["step"]
         epochs = -(-step // self.batches.steps_per_epoch)
-        by_epoch = saving.every_epochs and epoch_done and (epochs % saving.every_epochs == 0 or step == self.total_steps)
+        by_epoch = (
+            saving.every_epochs and epoch_done and (epochs % saving.every_epochs == 0 or step == self.total_steps)
+        )
         return bool(by_epoch or (saving.every_steps and step % saving.every_steps == 0))
 
     def _call(self, name: str, *arguments) -> None:

@@ -1,4 +1,5 @@
 """What the scripts share: the parser, quiet libraries, and one clear line in place of a traceback for a user's mistake."""
+
 import argparse
 import os
 import sys

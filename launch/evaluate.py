@@ -2,6 +2,7 @@
 
 deepspeed --num_gpus 4 launch/evaluate.py runs/quickstart/export --deepspeed_config ds_configs/quickstart.json
 """
+
 import json
 
 from command import arguments, run
@@ -27,5 +28,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", help="interaction log; in place of recsys.dataset.path")
     parser.add_argument("--which", choices=("valid", "test"), default="test", help="held-out items (test)")
     parser.add_argument("--json", help="also write the figures to this file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. recsys.evaluation.filter_seen=false")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. recsys.evaluation.filter_seen=false"
+    )
     run(main, parser)

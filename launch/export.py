@@ -3,6 +3,7 @@
 python launch/export.py RUN_DIR OUT                  the best validation's weights, or else the newest checkpoint's
 python launch/export.py RUN_DIR OUT --checkpoint     the newest checkpoint's; --checkpoint step_00000120: that one's
 """
+
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,9 @@ def main(options) -> None:
 
     run_dir, out = Path(options.run_dir), Path(options.out)
     if not (run_dir / "model").exists():
-        raise UserError(f"{run_dir}: no model/ in it, so not the folder of a run; give the --run_dir of launch/train.py")
+        raise UserError(
+            f"{run_dir}: no model/ in it, so not the folder of a run; give the --run_dir of launch/train.py"
+        )
     if options.checkpoint or not (run_dir / "best").exists():
         tag = options.checkpoint if isinstance(options.checkpoint, str) else None
         convert_checkpoint(checkpoint.find(run_dir / "checkpoints", tag), run_dir / "model", out)

@@ -3,6 +3,7 @@
 python launch/recommend.py runs/quickstart/export --history 50 181 172
 python launch/recommend.py runs/quickstart/export --data ml-100k --user 1
 """
+
 from command import arguments, run
 
 

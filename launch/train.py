@@ -3,6 +3,7 @@
 deepspeed launch/train.py --deepspeed_config ds_configs/quickstart.json --data ml-100k --run_dir runs/quickstart
 (the same under torchrun and accelerate launch; alone, `python launch/train.py ...` is a world of one rank)
 """
+
 import time
 
 from command import arguments, run
@@ -47,6 +48,8 @@ if __name__ == "__main__":
     parser.add_argument("--data", help="interaction log; in place of recsys.dataset.path")
     parser.add_argument("--model", help="hub id or folder; in place of recsys.model.path")
     parser.add_argument("--run_dir", default="runs/train", help="checkpoints, best model, log, report (runs/train)")
-    parser.add_argument("--resume", nargs="?", const=True, help="continue from the newest checkpoint, or from the one named")
+    parser.add_argument(
+        "--resume", nargs="?", const=True, help="continue from the newest checkpoint, or from the one named"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. recsys.pipe=4")
     run(main, parser)

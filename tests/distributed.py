@@ -8,6 +8,7 @@ The first rank to raise fails the test with its traceback; a rank that is still 
 with the stack it was stuck in. Importing torch, deepspeed and transformers takes about 6 s of CPU, so it is paid once, in
 a fork server that computes nothing itself (forking a process whose thread pools are warm is not safe).
 """
+
 import faulthandler
 import functools
 import importlib
@@ -64,7 +65,7 @@ def run_on_grid(function, world_size, *, timeout=120, **arguments):
 
 
 def _collect(ranks, pipes, scratch, deadline):
-    results, waiting = {}, dict(zip(pipes, range(len(ranks))))
+    results, waiting = {}, dict(zip(pipes, range(len(ranks)), strict=True))
     while waiting:
         ready = multiprocessing.connection.wait(waiting, max(0.0, deadline - time.monotonic()))
         if not ready:
@@ -109,7 +110,9 @@ def _work(rank, world_size, scratch, timeout, place, arguments, send):
             message = (True, function(**arguments))
         except BaseException:
             message = (False, traceback.format_exc())
-        send.send_bytes(pickle.dumps(message))  # by value: torch's own pickler would share memory that dies with this rank
+        send.send_bytes(
+            pickle.dumps(message)
+        )  # by value: torch's own pickler would share memory that dies with this rank
         sys.stdout.flush()
         faulthandler.cancel_dump_traceback_later()
         os._exit(0)  # leaving through gloo's destructors while a peer is already gone can hang

@@ -1,4 +1,5 @@
 """A synthetic interaction log with something to learn: most users walk the catalogue in steps of their own stride."""
+
 import csv
 import random
 from pathlib import Path
@@ -25,13 +26,19 @@ def config(**recsys) -> dict:
         "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": 4,
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-3}},
-        "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": "auto", "warmup_max_lr": 3e-3}},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {"total_num_steps": "auto", "warmup_num_steps": "auto", "warmup_max_lr": 3e-3},
+        },
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 1},
         "recsys": {
             "pipe": 2,
             "seed": 1,
-            "dataset": {"max_length": 16, "columns": {"user": "user", "item": "item", "timestamp": "timestamp", "title": "title"}},
+            "dataset": {
+                "max_length": 16,
+                "columns": {"user": "user", "item": "item", "timestamp": "timestamp", "title": "title"},
+            },
             "model": {"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16}},
             "training": {"epochs": 4},
             **recsys,

@@ -1,4 +1,5 @@
 """Saves are atomic and loads are verified, on a two-rank plain DeepSpeed engine."""
+
 import json
 
 import deepspeed

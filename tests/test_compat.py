@@ -1,4 +1,5 @@
 """The private names of DeepSpeed that ds_recsys/compat.py leans on are still there and still mean the same."""
+
 import inspect
 
 import deepspeed
@@ -12,10 +13,18 @@ import ds_recsys.compat
 @pytest.mark.parametrize(
     "owner, method, needles",
     [
-        (PipelineModule.__init__, "PipelineModule.__init__", ["self._partition_layers(method=", "self.micro_offset = 0"]),
+        (
+            PipelineModule.__init__,
+            "PipelineModule.__init__",
+            ["self._partition_layers(method=", "self.micro_offset = 0"],
+        ),
         (PipelineModule._partition_layers, "PipelineModule._partition_layers", ["self._set_bounds(", "self.parts"]),
         (PipelineModule.forward, "PipelineModule.forward", ["self.micro_offset += 1", "self.seed_fn(new_seed)"]),
-        (PipelineEngine._exec_forward_pass, "PipelineEngine._exec_forward_pass", ["self.total_loss", "self.fwd_outputs"]),
+        (
+            PipelineEngine._exec_forward_pass,
+            "PipelineEngine._exec_forward_pass",
+            ["self.total_loss", "self.fwd_outputs"],
+        ),
         (PipelineEngine._exec_send_activations, "PipelineEngine._exec_send_activations", ["self.dynamic_shape"]),
         (PipelineEngine.eval_batch, "PipelineEngine.eval_batch", ["reduce_output", "self.monitor.enabled"]),
         (PipelineEngine.reset_activation_shape, "PipelineEngine.reset_activation_shape", ["self.first_output_send"]),
@@ -34,4 +43,6 @@ def test_compiled_collectives_can_be_skipped():
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
     from deepspeed.comm.torch import build_shm_op
 
-    assert build_shm_op() is None, f"DeepSpeed {deepspeed.__version__} builds shm_comm all the same: adapt ds_recsys/compat.py"
+    assert build_shm_op() is None, (
+        f"DeepSpeed {deepspeed.__version__} builds shm_comm all the same: adapt ds_recsys/compat.py"
+    )

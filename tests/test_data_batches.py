@@ -69,7 +69,9 @@ def test_ties_are_drawn_anew_within_their_moment(tmp_path):
     def windows_of(epoch, *grid):
         _, steps = steps_of(windows, *grid, epoch=epoch, moments=moments_of(x))
         rows = [row for step in steps for row in rows_of(step) if any(row[0])]
-        return sorted((*inputs[: sum(map(bool, inputs))], [y for y in labels if y != -100][-1]) for inputs, labels in rows)
+        return sorted(
+            (*inputs[: sum(map(bool, inputs))], [y for y in labels if y != -100][-1]) for inputs, labels in rows
+        )
 
     seen = set()
     for epoch in range(20):

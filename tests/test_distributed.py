@@ -1,9 +1,9 @@
 """The grid helper itself: results by rank, failures with their traceback, stuck ranks by name."""
+
 import time
 
 import pytest
 import torch
-
 from distributed import distributed, run_on_grid
 
 

@@ -1,4 +1,5 @@
 """`ds_recsys.initialize` in place of `deepspeed.initialize` in scripts that know nothing of recommenders."""
+
 import argparse
 import json
 import os
@@ -27,7 +28,11 @@ def _pipeline_losses(initialize, config, as_args=False):
     layers = [torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)]
     model = PipelineModule(layers, num_stages=2, loss_fn=torch.nn.CrossEntropyLoss())
     parameters = [p for p in model.parameters() if p.requires_grad]
-    how = {"args": argparse.Namespace(deepspeed_config=config, local_rank=int(os.environ["LOCAL_RANK"]))} if as_args else {"config": config}
+    how = (
+        {"args": argparse.Namespace(deepspeed_config=config, local_rank=int(os.environ["LOCAL_RANK"]))}
+        if as_args
+        else {"config": config}
+    )
     engine, _, _, _ = initialize(model=model, model_parameters=parameters, **how)
     generator = torch.Generator().manual_seed(engine.grid.get_data_parallel_rank())
     losses = []
@@ -56,7 +61,12 @@ def test_pipeline_script_is_bit_equal(stage, tmp_path):
 
 
 def test_recsys_block_and_auto_are_resolved(tmp_path):
-    automatic = {**_PIPELINE, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 4, "recsys": {"pipe": 2}}
+    automatic = {
+        **_PIPELINE,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 4,
+        "recsys": {"pipe": 2},
+    }
     run_on_grid(_both, 4, config=_PIPELINE, given=automatic)
 
 
@@ -88,10 +98,14 @@ def test_plain_engine_with_zero_2_is_bit_equal():
 
 def _bad_config():
     with pytest.raises(ds_recsys.UserError, match="zero_optimisation.*zero_optimization"):
-        ds_recsys.initialize(model=torch.nn.Linear(2, 2), config={"train_batch_size": 1, "zero_optimisation": {"stage": 1}})
+        ds_recsys.initialize(
+            model=torch.nn.Linear(2, 2), config={"train_batch_size": 1, "zero_optimisation": {"stage": 1}}
+        )
     with pytest.raises(ds_recsys.UserError, match="2 configs given"):
         ds_recsys.initialize(
-            args=argparse.Namespace(deepspeed_config="a.json"), model=torch.nn.Linear(2, 2), config={"train_batch_size": 1}
+            args=argparse.Namespace(deepspeed_config="a.json"),
+            model=torch.nn.Linear(2, 2),
+            config={"train_batch_size": 1},
         )
 
 

@@ -1,4 +1,5 @@
 """The scripts under the real launchers: train, evaluate, kill, resume, export, recommend."""
+
 import json
 import os
 import re

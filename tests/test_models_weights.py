@@ -116,7 +116,9 @@ def test_title_embeddings(pretrained, tmp_path):
     builder = ModelBuilder(recommender_config(weights.config, 3), weights)
     got = builder.specs()[0].build().get_parameter("model.embed_tokens.weight")
     pair = (table[1] + table[2]) / 2
-    torch.testing.assert_close(got, torch.stack([torch.zeros(32), pair, table[3], (pair + table[3]) / 2]))
+    centred = torch.stack([pair, table[3]]) - (pair + table[3]) / 2
+    centred *= weights.config.initializer_range / centred.std()
+    torch.testing.assert_close(got, torch.cat([torch.zeros(1, 32), centred, torch.zeros(1, 32)]))
     assert not builder.initialised
     again = with_title_items(open_weights(pretrained), titles, cache_dir=tmp_path)  # from the file: no tokenizer needed
     assert again.item_table == weights.item_table

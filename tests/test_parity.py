@@ -1,4 +1,5 @@
 """Every grid gives what one plain Hugging Face process gives: logits, loss, every gradient, 20 steps of training."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,12 @@ _SGD = {"type": "SGD", "params": {"lr": 1.0}}  # one step of it moves each weigh
 
 def _model_config(tie):
     base = AutoConfig.for_model(
-        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        "llama",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         initializer_range=0.1,  # at 0.02 some gradients are mere rounding noise, which Adam blows up to full steps
     )
     return recommender_config(base, _ITEMS, tie=tie)
@@ -111,7 +117,9 @@ def test_fp32_equals_one_plain_process(grid, stage, tie):
     assert once[0]["losses"] == pytest.approx(reference["losses"], abs=1e-5)
     assert set(reference["gradients"]) <= set(start)
     for name, gradient in reference["gradients"].items():
-        torch.testing.assert_close(start[name] - moved[name], gradient, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            start[name] - moved[name], gradient, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
     # SGD and not Adam: clipping by a wrong norm would not show in Adam, which is blind to the scale of gradients
     longer = run_on_grid(_train, grid.world_size, grid=grid, stage=stage, tie=tie, optimizer=_SGD, steps=20, clip=0.1)
@@ -123,7 +131,9 @@ def test_fp32_equals_one_plain_process(grid, stage, tie):
 @pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 2)], ids=str)
 def test_bf16_stays_close(grid):
     """bf16 has 8 bits of mantissa (relative error 2^-8 = 0.4 %): the losses stay within 1 % of fp32 over 20 steps."""
-    results = run_on_grid(_train, grid.world_size, grid=grid, stage=1, tie=True, optimizer=_ADAM, steps=20, dtype="bf16")
+    results = run_on_grid(
+        _train, grid.world_size, grid=grid, stage=1, tie=True, optimizer=_ADAM, steps=20, dtype="bf16"
+    )
     start = {name: value.float() for name, value in _gather(results, "before").items()}
     reference = _reference(True, 20, lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.0), start)
     assert results[0]["losses"] == pytest.approx(reference["losses"], rel=0.01)

@@ -149,7 +149,9 @@ def moments_of(interactions: Interactions) -> np.ndarray:
     UserError without timestamps.
     """
     if interactions.timestamps is None:
-        raise UserError(f"{interactions.report.source}: shuffling ties needs timestamps; turn recsys.dataset.shuffle_ties off")
+        raise UserError(
+            f"{interactions.report.source}: shuffling ties needs timestamps; turn recsys.dataset.shuffle_ties off"
+        )
     changed = np.empty(len(interactions), dtype=bool)
     changed[1:] = np.diff(interactions.timestamps) != 0
     changed[interactions.offsets[:-1]] = True

@@ -19,7 +19,9 @@ FORMAT_VERSION = 1
 _ARRAYS = ("offsets", "sequence", "timestamps")
 
 
-def cached(read: Callable[[], Interactions], source: str | Path, options: object, cache_dir: str | Path) -> Interactions:
+def cached(
+    read: Callable[[], Interactions], source: str | Path, options: object, cache_dir: str | Path
+) -> Interactions:
     """`read()`, or what it gave the last time for the same files and `options`, with its arrays mapped from disk.
 
     source: file or folder of the log. The key holds name, size and time of change of every file beside it (titles

@@ -1,7 +1,6 @@
 """HF causal LM -> pipeline layers, weights in and out."""
 
 from ds_recsys.models.export import export
-from ds_recsys.models.gguf import packaged_gguf
 from ds_recsys.models.pipeline import RecommenderPipe
 from ds_recsys.models.recommender import recommender_config
 from ds_recsys.models.specs import ModelBuilder, to_layer_specs
@@ -14,7 +13,6 @@ __all__ = [
     "Weights",
     "export",
     "open_weights",
-    "packaged_gguf",
     "recommender_config",
     "title_embeddings",
     "to_layer_specs",

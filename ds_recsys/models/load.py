@@ -1,4 +1,5 @@
 """Weights into a pipe that already stands: the best validation's, before the final evaluation and export."""
+
 import torch
 
 from ds_recsys.models.pipeline import RecommenderPipe

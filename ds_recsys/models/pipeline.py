@@ -30,6 +30,8 @@ class RecommenderPipe(PipelineModule):
         embedding_dropout: on the item embeddings while training, beside what the config's own fields drop.
         pipe_options: `loss_fn`, `seed_layers`, `base_seed`, `dynamic_shape` ... of DeepSpeed's PipelineModule.
 
+    A mixture of experts trains on the next-item loss alone: the auxiliary router losses of HF's forward are not added.
+
     Input of the first stage: ids [B, S] int64. Output of the last: hidden states [B, S, H]; `loss_fn` gets those.
 
     Raises:
@@ -86,7 +88,9 @@ class RecommenderPipe(PipelineModule):
         self._set_bounds(start=parts[self.stage_id], stop=parts[self.stage_id + 1])
 
     def _synchronize_tied_weights(self) -> None:
-        with torch.no_grad():  # DeepSpeed broadcasts parameters that require grad, which makes autograd warn in each run
+        with (
+            torch.no_grad()
+        ):  # DeepSpeed broadcasts parameters that require grad, which makes autograd warn in each run
             super()._synchronize_tied_weights()
 
     def _is_checkpointable(self, funcs: list) -> bool:

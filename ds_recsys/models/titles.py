@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ds_recsys.cache import default_cache
 from ds_recsys.errors import UserError
 from ds_recsys.models import hf_private
-from ds_recsys.models.gguf import default_cache
 from ds_recsys.models.skeleton import empty_model
 from ds_recsys.models.weights import Weights
 
@@ -38,10 +38,13 @@ def token_table(weights: Weights) -> Tensor:
 
 
 def title_embeddings(weights: Weights, tokenizer: PreTrainedTokenizerBase, titles: Sequence[str | None]) -> Tensor:
-    """Mean token embedding of every title.
+    """Mean token embedding of every title, centred and scaled to the spread of a fresh embedding.
+
+    All titles share most of their mean, which would make every item score alike, and a tied head multiplies the scale
+    into the logits; so the mean over items is taken off and the rest scaled to the config's `initializer_range`.
 
     Args:
-        titles: of items 1..I, in order; None or a title without tokens gets the mean of all other items.
+        titles: of items 1..I, in order; None or a title without tokens gets the mean of all others, which is 0.
 
     Returns:
         float32 [I + 1, E]; row 0 (padding) is zero.
@@ -55,7 +58,9 @@ def title_embeddings(weights: Weights, tokenizer: PreTrainedTokenizerBase, title
     rows = token_table(weights)[used].float()  # only the rows in use, so that the vocabulary is not kept in fp32
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)[:-1]])
     means = embedding_bag(compact, rows, offsets, mode="mean")
-    means[lengths == 0] = means[lengths > 0].mean(0)
+    means -= means[lengths > 0].mean(0)
+    means[lengths == 0] = 0.0
+    means *= getattr(weights.config, "initializer_range", 0.02) / means[lengths > 0].std().clamp(min=1e-6)
     return torch.cat([torch.zeros(1, means.shape[1]), means])
 
 

@@ -1,4 +1,5 @@
 """recommend(history, k) on an exported folder, in one process."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,9 @@ class Recommender:
         """
         folder = Path(folder)
         if not (folder / "items.parquet").exists():
-            raise UserError(f"{folder}: no items.parquet, so not an exported recommender; write one with launch/export.py")
+            raise UserError(
+                f"{folder}: no items.parquet, so not an exported recommender; write one with launch/export.py"
+            )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(folder).to(device)
         catalogue = pyarrow.parquet.read_table(folder / "items.parquet").to_pydict()
