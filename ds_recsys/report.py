@@ -1,6 +1,7 @@
 """What a run is judged by: one table against the baselines, metrics.json and a plot."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ds_recsys.baselines import item_knn, popularity
@@ -8,13 +9,15 @@ from ds_recsys.baselines import item_knn, popularity
 _COLUMNS = ("HR@{k}", "NDCG@{k}", "MRR", "coverage@{k}")
 
 
-def baselines(trainer) -> dict[str, dict[str, float]]:
+def baselines(trainer, names: Sequence[str] = ("popularity", "item_knn")) -> dict[str, dict[str, float]]:
     """Popularity and ItemKNN on the test items, in the protocol of the run. Local: no rank needs another."""
     evaluation = trainer.config.recsys.evaluation
-    protocol = {"which": "test", "ks": evaluation.k, "filter_seen": evaluation.filter_seen}
+    known = {"popularity": popularity, "item_knn": item_knn}
     return {
-        "popularity": popularity(trainer.interactions, trainer.split, **protocol),
-        "item_knn": item_knn(trainer.interactions, trainer.split, **protocol),
+        name: known[name](
+            trainer.interactions, trainer.split, "test", ks=evaluation.k, filter_seen=evaluation.filter_seen
+        )
+        for name in names
     }
 
 
@@ -37,7 +40,7 @@ def write(run_dir: str | Path, results: dict[str, dict], protocol: str, seconds:
     Path(run_dir, "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def plot(run_dir: str | Path, k: int, baseline: dict[str, dict] | None = None) -> Path:
+def plot(run_dir: str | Path, k: int) -> Path:
     """Training loss and validation NDCG@k over the steps, from log.jsonl -> run_dir/training.png."""
     import matplotlib
 

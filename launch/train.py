@@ -21,7 +21,7 @@ def main(options) -> None:
     seconds, state = {}, trainer.state
     started = time.monotonic()
     if "untrained" not in state:
-        state["baselines"] = report.baselines(trainer) if trainer.is_main else {}
+        state["baselines"] = report.baselines(trainer, options.baselines) if trainer.is_main else {}
         state["untrained"] = trainer.evaluate("test")
     seconds["before training"] = time.monotonic() - started
 
@@ -51,5 +51,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--resume", nargs="?", const=True, help="continue from the newest checkpoint, or from the one named"
     )
+    parser.add_argument(
+        "--baselines", nargs="*", choices=("popularity", "item_knn"), default=["popularity", "item_knn"],
+        help="what to compare with (both); ItemKNN's cost grows with the square of the history lengths",
+    )  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. recsys.pipe=4")
     run(main, parser)

@@ -1,11 +1,13 @@
 """Saves are atomic and loads are verified, on a two-rank plain DeepSpeed engine."""
 
 import json
+import os
+import signal
 
 import deepspeed
 import pytest
 import torch
-from distributed import distributed
+from distributed import distributed, run_on_grid
 
 from ds_recsys import UserError, checkpoint
 
@@ -41,13 +43,28 @@ def test_round_trip_and_prune(tmp_path):
     assert torch.equal(engine.module.weight, expected)
 
 
-@distributed(data=2)
-def test_kill_during_a_save_leaves_the_previous_one(tmp_path):
+def _die_in_the_second_save(folder, moment):
     engine = _engine()
     _step(engine)
-    checkpoint.save(engine, tmp_path, 1, {"step": 1})
-    (tmp_path / ".writing").mkdir(exist_ok=True)  # what a kill during the save of step 2 leaves
-    (tmp_path / ".writing" / "mp_rank_00_model_states.pt").write_bytes(b"half")
+    checkpoint.save(engine, folder, 1, {"step": 1})
+    if torch.distributed.get_rank() == 0:
+        owner, name = {"half written": (engine, "save_checkpoint"), "before the rename": (checkpoint.os, "replace")}[
+            moment
+        ]
+        setattr(owner, name, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+    checkpoint.save(engine, folder, 2, {"step": 2})
+
+
+@pytest.mark.parametrize("moment", ["half written", "before the rename"])
+def test_kill_during_a_save_leaves_the_previous_one(tmp_path, moment):
+    with pytest.raises(AssertionError, match="rank 0 failed"):
+        run_on_grid(_die_in_the_second_save, 2, folder=tmp_path, moment=moment)
+    assert (tmp_path / ".writing").exists()
+    run_on_grid(_go_on_after_the_kill, 2, folder=tmp_path)
+
+
+def _go_on_after_the_kill(folder):
+    tmp_path, engine = folder, _engine()
     assert checkpoint.load(engine, checkpoint.find(tmp_path)) == {"step": 1}
     _step(engine)
     checkpoint.save(engine, tmp_path, 2, {"step": 2})
