@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ds_recsys.baselines import item_knn, popularity
+from ds_recsys.runlog import read_log
 
 _COLUMNS = ("HR@{k}", "NDCG@{k}", "MRR", "coverage@{k}")
 
@@ -47,7 +48,7 @@ def plot(run_dir: str | Path, k: int) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [json.loads(line) for line in Path(run_dir, "log.jsonl").read_text().splitlines()]
+    records = read_log(Path(run_dir, "log.jsonl"))
     losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
     valid = [(record["step"], record["valid"][f"NDCG@{k}"]) for record in records if "valid" in record]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")

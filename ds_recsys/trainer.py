@@ -1,8 +1,6 @@
 """The loop over `train_batch`: data, model and engine from one config, validation, save and resume, export."""
 
-import json
 import math
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +20,7 @@ from ds_recsys.models import RecommenderPipe, Weights, export
 from ds_recsys.models.folder import write_description
 from ds_recsys.models.load import load_weights
 from ds_recsys.objective import NextItemLoss
+from ds_recsys.runlog import RunLog
 from ds_recsys.topology import Grid, dropout_seeds, init_distributed
 
 
@@ -121,7 +120,7 @@ class Trainer:
             (self.run_dir / "model").mkdir(parents=True, exist_ok=True)
             log = self.interactions
             write_description(self.run_dir / "model", model_config, log.items, log.titles, self._serving)
-        self._log = _Log(self.run_dir / "log.jsonl", self.state["step"]) if self.is_main and self.run_dir else None
+        self._log = RunLog(self.run_dir / "log.jsonl", self.state["step"]) if self.is_main and self.run_dir else None
         self._length = None  # of the micro-batches that the engine's buffers fit
 
     def describe(self) -> str:
@@ -147,6 +146,10 @@ class Trainer:
 
         With `keep_best` the pipe afterwards holds the weights of the best validation, ready for `evaluate` and `export`.
         """
+        if self.run_dir is None:
+            raise UserError(
+                "this Trainer was made for evaluation only, with run_dir=None; give it a folder to train into"
+            )
         training = self.config.recsys.training
         self._call("on_train_begin")
         while self.state["step"] < self.total_steps and not self._out_of_patience():
@@ -167,6 +170,8 @@ class Trainer:
                 if finished:
                     break
         self._call("on_train_end")
+        if self._log:
+            self._log.flush()
         best = self.state["best"]
         if training.keep_best and best:
             load_weights(self.pipe, Weights(self.run_dir / "best"))
@@ -198,6 +203,8 @@ class Trainer:
 
     def save(self) -> None:
         """Checkpoint model, optimizer, scheduler, counters, data position and stage bounds, atomically."""
+        if self._log:
+            self._log.flush()  # a resumed run continues the log from here
         checkpoint.save(
             self.engine,
             self.run_dir / "checkpoints",
@@ -232,24 +239,24 @@ class Trainer:
     def _validate(self) -> None:
         metrics = self.evaluate("valid")
         self._length = None
-        name, sign = (
-            ("loss", -1)
-            if self.config.recsys.training.best == "loss"
-            else (f"NDCG@{self.config.recsys.evaluation.k[0]}", 1)
-        )
-        best = self.state["best"]
-        if best is None or sign * metrics[name] > sign * best["metrics"][name]:
+        score, best = self._score(metrics), self.state["best"]
+        if best is None or score > self._score(best["metrics"]):
             self.state.update(best={"step": self.state["step"], "metrics": metrics}, validations_since_best=0)
             if self.config.recsys.training.keep_best:
                 self.export(self.run_dir / "best")
         else:
             self.state["validations_since_best"] += 1
         if self._log:
-            self._log.write({"step": self.state["step"], "valid": metrics})
+            self._log.validation(self.state["step"], metrics)
         if self.is_main and self.engine.monitor.enabled:
             samples = self.engine.global_samples
             self.engine.monitor.write_events([(f"Valid/{key}", value, samples) for key, value in metrics.items()])
         self._call("on_validation", metrics)
+
+    def _score(self, metrics: dict[str, float]) -> float:
+        """What makes a validation better: more of it."""
+        recsys = self.config.recsys
+        return -metrics["loss"] if recsys.training.best == "loss" else metrics[f"NDCG@{recsys.evaluation.k[0]}"]
 
     def _out_of_patience(self) -> bool:
         patience = self.config.recsys.training.patience
@@ -266,30 +273,3 @@ class Trainer:
     def _call(self, name: str, *arguments) -> None:
         for callback in self.callbacks:
             getattr(callback, name)(self, *arguments)
-
-
-class _Log:
-    """log.jsonl: a line per step and per validation. Losses are read in batches: reading one waits for the device."""
-
-    def __init__(self, path: Path, keep_until_step: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() and keep_until_step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= keep_until_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self._file, self._pending, self._started = open(path, "a"), [], time.monotonic()
-
-    def step(self, step: int, loss: torch.Tensor) -> None:
-        self._pending.append((step, loss, round(time.monotonic() - self._started, 3)))
-        if len(self._pending) == 20:
-            self.flush()
-
-    def flush(self) -> None:
-        for step, loss, seconds in self._pending:
-            self._file.write(json.dumps({"step": step, "loss": loss.item(), "seconds": seconds}) + "\n")
-        self._pending.clear()
-        self._file.flush()
-
-    def write(self, record: dict) -> None:
-        self.flush()
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
