@@ -26,5 +26,5 @@ setup(
         "matplotlib>=3.8",
         "setuptools",  # DeepSpeed's op builders import it
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6", "torchmetrics>=1.4", "tensorboard>=2.14"]},
+    extras_require={"test": ["pytest>=8", "hypothesis>=6", "torchmetrics>=1.4"]},
 )

@@ -2,7 +2,9 @@
 
 import sys
 import time
+from collections import deque
 
+import torch
 from tqdm import tqdm
 
 
@@ -26,7 +28,7 @@ class Progress(Callback):
     """Rank 0: a bar with loss, samples/s and time left on a terminal; elsewhere one line per validation."""
 
     def on_train_begin(self, trainer) -> None:
-        self._bar = self._loss = None
+        self._bar, self._losses = None, deque(maxlen=500)  # since the last validation: one batch says little
         self._started, self._from_step = time.monotonic(), trainer.state["step"]
         if trainer.is_main and sys.stderr.isatty():
             samples = trainer.engine.train_batch_size()
@@ -35,7 +37,8 @@ class Progress(Callback):
             )
 
     def on_step_end(self, trainer, loss) -> None:
-        self._loss = loss
+        if trainer.is_main:
+            self._losses.append(loss)
         if self._bar is not None:
             self._bar.update(trainer.engine.train_batch_size())
             if trainer.state["step"] % 10 == 0:
@@ -48,10 +51,12 @@ class Progress(Callback):
         done = max(step - self._from_step, 1)
         left = seconds / done * (trainer.total_steps - step)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        mean = torch.stack(list(self._losses)).mean().item()
         line = (
-            f"step {step}/{trainer.total_steps}  training loss {self._loss.item():.4f}  |  {figures}  |  "
+            f"step {step}/{trainer.total_steps}  training loss {mean:.4f}  |  {figures}  |  "
             f"{done * trainer.engine.train_batch_size() / seconds:.0f} samples/s  {left:.0f} s left"
         )
+        self._losses.clear()
         tqdm.write(line) if self._bar is not None else print(line, flush=True)
 
     def on_train_end(self, trainer) -> None:

@@ -44,6 +44,7 @@ def write(run_dir: str | Path, results: dict[str, dict], protocol: str, seconds:
 def plot(run_dir: str | Path, k: int) -> Path:
     """Training loss and validation NDCG@k over the steps, from log.jsonl -> run_dir/training.png."""
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -52,12 +53,17 @@ def plot(run_dir: str | Path, k: int) -> Path:
     losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
     valid = [(record["step"], record["valid"][f"NDCG@{k}"]) for record in records if "valid" in record]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot(*zip(*losses, strict=True), linewidth=0.8)
+    steps, values = zip(*losses, strict=True)
+    window = max(1, len(values) // 40)  # batches hold windows of one length each, so their losses differ a lot
+    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+    left.plot(steps, values, linewidth=0.5, alpha=0.25, color="C0", label="one batch")
+    left.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} batches")
     left.set(xlabel="optimizer step", ylabel="training loss (nats per item)", title="Loss")
+    left.legend(frameon=False)
     if valid:
-        right.plot(*zip(*valid, strict=True), marker="o", markersize=3, label="this model")
+        right.plot(*zip(*valid, strict=True), marker="o", markersize=3)
+        right.set_ylim(0, 1.1 * max(value for _, value in valid))
     right.set(xlabel="optimizer step", ylabel=f"NDCG@{k}, full ranking", title="Validation")
-    right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

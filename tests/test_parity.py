@@ -74,6 +74,15 @@ def _train(grid, stage, tie, optimizer, steps, clip=0.0, dtype="fp32", recompute
     return {"rank": rank, "logits": logits, "losses": losses, "before": before, "after": after}
 
 
+def _train_three_times(grid, stage, tie):
+    """One step for the gradients; 20 clipped steps of SGD, for Adam does not notice a wrong norm; 20 of Adam."""
+    return (
+        _train(grid, stage, tie, _SGD, steps=1),
+        _train(grid, stage, tie, _SGD, steps=20, clip=0.1),
+        _train(grid, stage, tie, _ADAM, steps=20),
+    )
+
+
 def _reference(tie, steps, optimizer, start, clip=None):
     """One plain Hugging Face model and torch optimizer on the whole global batch."""
     torch.set_num_threads(1)
@@ -109,7 +118,8 @@ _GRIDS = [Grid(pipe, data) for pipe in (1, 2) for data in (1, 2)]
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("grid", _GRIDS, ids=str)
 def test_fp32_equals_one_plain_process(grid, stage, tie):
-    once = run_on_grid(_train, grid.world_size, grid=grid, stage=stage, tie=tie, optimizer=_SGD, steps=1)
+    results = run_on_grid(_train_three_times, grid.world_size, grid=grid, stage=stage, tie=tie)
+    once, clipped, adam = zip(*results, strict=True)
     start, moved = _gather(once, "before"), _gather(once, "after")
     reference = _reference(tie, 1, lambda p: torch.optim.SGD(p, lr=1.0), start)
     logits = torch.cat([result["logits"] for result in once if result["logits"] is not None])
@@ -121,11 +131,10 @@ def test_fp32_equals_one_plain_process(grid, stage, tie):
             start[name] - moved[name], gradient, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
         )
 
-    # SGD and not Adam: clipping by a wrong norm would not show in Adam, which is blind to the scale of gradients
-    longer = run_on_grid(_train, grid.world_size, grid=grid, stage=stage, tie=tie, optimizer=_SGD, steps=20, clip=0.1)
-    reference = _reference(tie, 20, lambda p: torch.optim.SGD(p, lr=1.0), _gather(longer, "before"), clip=0.1)
-    for result in longer:
-        assert result["losses"] == pytest.approx(reference["losses"], abs=1e-4)
+    reference = _reference(tie, 20, lambda p: torch.optim.SGD(p, lr=1.0), start, clip=0.1)
+    assert clipped[0]["losses"] == pytest.approx(reference["losses"], abs=1e-4)
+    reference = _reference(tie, 20, lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.0), start)
+    assert adam[0]["losses"] == pytest.approx(reference["losses"], abs=1e-4)
 
 
 @pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 2)], ids=str)
