@@ -1,6 +1,5 @@
-"""Baselines against their definitions on small logs, and (with ML100K set) the figures on ML-100K."""
+"""Baselines against their definitions on small logs, and the figures on MovieLens 100K."""
 
-import os
 from collections import Counter
 
 import numpy as np
@@ -107,9 +106,8 @@ def test_baselines_learn_nothing_from_held_out_items(tmp_path):
         assert ranks["HR@3"] == 0 and ranks["coverage@3"] == 3 / interactions.num_items
 
 
-@pytest.mark.skipif("ML100K" not in os.environ, reason="set ML100K to ml-100k.inter (RecBole's ML-100K)")
-def test_figures_on_ml100k():
-    interactions = read_interactions(os.environ["ML100K"], titles=None)
+def test_figures_on_ml100k(ml100k):
+    interactions = ml100k
     split = leave_one_out(interactions)
 
     def figures(baseline, **settings):

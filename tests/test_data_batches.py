@@ -1,8 +1,6 @@
 """Batches of a grid, their normalisation and their padding; packages as a source of data."""
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from ds_recsys.data import (
     global_time,
     leave_one_out,
     packages,
-    read_interactions,
 )
 from ds_recsys.data.batches import moments_of
 from ds_recsys.errors import UserError
@@ -211,31 +208,16 @@ def test_eval_skips_targets_without_history():
 # --- MovieLens 100K -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def ml100k():
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds_recsys"
-    try:
-        folder = fetch_ml100k(cache)
-    except UserError as error:
-        pytest.skip(str(error))
-    return read_interactions(folder)
-
-
-def test_ml100k_is_read_right(ml100k):
+def test_ml100k_is_read_right(ml100k, ml100k_folder):
     assert (ml100k.num_users, ml100k.num_items, len(ml100k)) == (943, 1682, 100_000)
     assert ml100k.titles[ml100k.items.index("1")] == "Toy Story (1995)"
-    rows = [line.split("\t") for line in _inter_lines()]
+    rows = [line.split("\t") for line in (ml100k_folder / "ml-100k.inter").read_text().splitlines()[1:]]
     # An independent reading: Python's sort is stable too.
     expected = [row[1] for row in sorted((r for r in rows if r[0] == "655"), key=lambda r: float(r[3]))]
     assert ml100k.history_of("655") == expected
     split = leave_one_out(ml100k)
     assert len(split.targets("test")[0]) == len(split.targets("valid")[0]) == 943
     assert int((split.train_stop - ml100k.offsets[:-1]).sum()) == 100_000 - 2 * 943
-
-
-def _inter_lines():
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds_recsys"
-    return (cache / "ml-100k/ml-100k.inter").read_text().splitlines()[1:]
 
 
 @pytest.mark.parametrize("max_length, sizes", [(50, (32, 64, 128, 256)), (100, (32, 64, 128)), (200, (32, 64))])
