@@ -19,9 +19,6 @@ def run(main, parser: argparse.ArgumentParser) -> None:
     """`main(options)`; a UserError is printed by rank 0 and exits with status 2."""
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # one per rank and start
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     try:
         main(options)
     except UserError as error:

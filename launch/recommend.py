@@ -8,11 +8,14 @@ from command import arguments, run
 
 
 def main(options) -> None:
+    from transformers.utils import logging
+
     from ds_recsys import Recommender, UserError
     from ds_recsys.assemble import load_interactions
     from ds_recsys.cache import default_cache
     from ds_recsys.config.schema import Dataset
 
+    logging.disable_progress_bar()
     recommender = Recommender.from_pretrained(options.model)
     history = options.history
     if history is None:

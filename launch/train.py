@@ -10,9 +10,12 @@ from command import arguments, run
 
 
 def main(options) -> None:
-    from ds_recsys import Trainer, load_config, report
+    from ds_recsys import load_config
 
     config = load_config(options.deepspeed_config, overrides=options.set)
+    config.resolve()  # a mistake shows at once; what is imported below takes seconds
+    from ds_recsys import Trainer, report
+
     trainer = Trainer(
         config, data=options.data, model=options.model, run_dir=options.run_dir, resume=options.resume or False
     )
