@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 
 import deepspeed
 import torch
@@ -10,6 +11,8 @@ from ds_recsys import compat
 from ds_recsys.config import Config, load_config
 from ds_recsys.errors import UserError
 from ds_recsys.topology import init_distributed
+
+logger = logging.getLogger("ds_recsys")
 
 
 def initialize(*args, **kwargs):
@@ -36,6 +39,9 @@ def initialize(*args, **kwargs):
     init_distributed()
     if isinstance(config.recsys.threads_per_rank, int):
         torch.set_num_threads(config.recsys.threads_per_rank)
+    idle = sorted(config.recsys.model_fields_set - {"pipe", "data", "tensor", "threads_per_rank"})
+    if idle and torch.distributed.get_rank() == 0:
+        logger.warning(f"{config.source}: recsys.{', '.join(idle)} has no effect here: ds_recsys.Trainer reads it")
     config = config.resolve_for_engine(pipe=getattr(call.get("model"), "num_stages", 1))
     return deepspeed.initialize(**call, config=config.deepspeed)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 
 import deepspeed
@@ -107,6 +108,25 @@ def _bad_config():
             model=torch.nn.Linear(2, 2),
             config={"train_batch_size": 1},
         )
+
+
+def _idle_settings():
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("ds_recsys").addHandler(handler)
+    config = {
+        "train_batch_size": 1,
+        "optimizer": _PIPELINE["optimizer"],
+        "recsys": {"seed": 1, "training": {"epochs": 1}},
+    }
+    model = torch.nn.Linear(2, 2)
+    ds_recsys.initialize(model=model, model_parameters=model.parameters(), config=config)
+    assert records == ["config: recsys.seed, training has no effect here: ds_recsys.Trainer reads it"]
+
+
+def test_settings_without_effect_are_named():
+    run_on_grid(_idle_settings, 1)
 
 
 def test_mistakes_are_one_line():
