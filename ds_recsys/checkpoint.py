@@ -52,8 +52,11 @@ def save(engine, folder: str | Path, step: int, state: dict, *, keep_last: int |
         os.replace(writing, final)
         _write_atomically(folder / _LATEST, final.name)
         if keep_last:
-            for old in sorted(folder.glob("step_*"))[:-keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
+            # by age and not by step: after --resume step_X the newest need not have the most steps
+            for old in sorted(folder.glob(f"step_*/{_MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)[
+                :-keep_last
+            ]:
+                shutil.rmtree(old.parent, ignore_errors=True)
     torch.distributed.barrier()
     return final
 

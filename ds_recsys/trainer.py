@@ -1,6 +1,7 @@
 """The loop over `train_batch`: data, model and engine from one config, validation, save and resume, export."""
 
 import math
+import shutil
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ds_recsys import checkpoint, compat
-from ds_recsys.assemble import load_interactions, model_parts, split_interactions, training_windows
+from ds_recsys.assemble import load_interactions, model_parts, split_interactions, training_windows, with_sources
 from ds_recsys.callbacks import Callback, Progress
 from ds_recsys.config import Config, load_config
 from ds_recsys.data import Interactions, TrainBatches
@@ -41,6 +42,7 @@ class Trainer:
         run_dir: gets checkpoints/, best/ (a Hugging Face folder), log.jsonl and, from launch/train.py, the report; None
             writes nothing, for evaluation only.
         resume: True for the newest checkpoint in `run_dir`, or the name of one.
+        overwrite: start anew in a `run_dir` that holds a run; what it holds is deleted at the first step.
         callbacks: see `ds_recsys.callbacks.Callback`.
 
     Raises:
@@ -55,19 +57,20 @@ class Trainer:
         model: str | None = None,
         run_dir: str | Path | None = "runs/train",
         resume: bool | str = False,
+        overwrite: bool = False,
         callbacks: Sequence[Callback] = (),
     ):
         self.run_dir = None if run_dir is None else Path(run_dir)
-        tag = resume if isinstance(resume, str) else None
-        found = checkpoint.find(self.run_dir / "checkpoints", tag) if resume else None
+        found = self._find_checkpoint(resume, overwrite)
         state = checkpoint.read_state(found) if found else None
         config = config if isinstance(config, Config) else load_config(config)
-        config = config.resolve()
+        given = isinstance(data, Interactions)
+        config = with_sources(config, data=None if given else data, model=model).resolve()
         recsys, cache = config.recsys, config.recsys.dataset.cache_dir
-        self.interactions = data if isinstance(data, Interactions) else load_interactions(recsys.dataset, data, cache)
+        self.interactions = data if given else load_interactions(recsys.dataset, cache)
         self.split = split_interactions(self.interactions, recsys.dataset)
         windows = training_windows(self.interactions, self.split, recsys.dataset, cache)
-        model_config, weights = model_parts(recsys.model, model, self.interactions, cache)
+        model_config, weights = model_parts(recsys.model, self.interactions, cache)
         self.config = config = config.resolve(windows=len(windows), model_config=model_config)
         recsys, values = config.recsys, config.deepspeed
         self.grid = Grid(recsys.pipe, recsys.data, recsys.tensor)
@@ -123,6 +126,14 @@ class Trainer:
         self._log = RunLog(self.run_dir / "log.jsonl", self.state["step"]) if self.is_main and self.run_dir else None
         self._length = None  # of the micro-batches that the engine's buffers fit
 
+    def _find_checkpoint(self, resume: bool | str, overwrite: bool) -> Path | None:
+        folder = self.run_dir and self.run_dir / "checkpoints"
+        if resume:
+            return checkpoint.find(folder, resume if isinstance(resume, str) else None)
+        if folder and folder.exists() and not overwrite:
+            raise UserError(f"{self.run_dir} holds a run: --resume it, --overwrite it, or give another --run_dir")
+        return None
+
     def describe(self) -> str:
         """The run in a few lines: data, split, grid, stages, and every value that took the place of an "auto"."""
         stages = "  ".join(f"stage {s}: layers {a}-{b - 1}" for s, (a, b) in enumerate(pairwise(self.pipe.parts)))
@@ -151,6 +162,10 @@ class Trainer:
                 "this Trainer was made for evaluation only, with run_dir=None; give it a folder to train into"
             )
         training = self.config.recsys.training
+        if self.is_main and not self.state["step"]:
+            for old in ("checkpoints", "best"):  # of the run that this one overwrites
+                shutil.rmtree(self.run_dir / old, ignore_errors=True)
+        torch.distributed.barrier()
         self._call("on_train_begin")
         while self.state["step"] < self.total_steps and not self._out_of_patience():
             epoch, position = divmod(self.state["step"], self.batches.steps_per_epoch)

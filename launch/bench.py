@@ -24,7 +24,15 @@ def quality(options) -> dict:
     for seed in options.seeds:
         run_dir = Path(options.run_dir) / f"{Path(options.config).stem}-seed{seed}"
         command = ["deepspeed", "--num_gpus", str(options.ranks), str(_ROOT / "launch/train.py")]
-        command += ["--deepspeed_config", options.config, "--run_dir", str(run_dir), "--set", f"recsys.seed={seed}"]
+        command += [
+            "--deepspeed_config",
+            options.config,
+            "--run_dir",
+            str(run_dir),
+            "--overwrite",
+            "--set",
+            f"recsys.seed={seed}",
+        ]
         command += ["--data", options.data] if options.data else []
         for setting in options.set:
             command += ["--set", setting]

@@ -13,5 +13,5 @@ case "$gpus" in
 esac
 echo "training on $ranks ranks (pipe $pipe x data $((ranks / pipe))), $gpus GPUs"
 deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}" launch/train.py \
-  --deepspeed_config ds_configs/quickstart.json --set "recsys.pipe=$pipe" --run_dir "$run_dir"
+  --deepspeed_config ds_configs/quickstart.json --set "recsys.pipe=$pipe" --run_dir "$run_dir" --overwrite
 python launch/recommend.py "$run_dir/export" --data ml-100k --user 1

@@ -21,7 +21,7 @@ def main(options) -> None:
     if history is None:
         if options.data is None or options.user is None:
             raise UserError("recommend: give --history, or --data and --user")
-        log = load_interactions(Dataset(format=options.format), options.data, default_cache())
+        log = load_interactions(Dataset(path=options.data, format=options.format), default_cache())
         history = log.history_of(options.user)
     title = dict(zip(recommender.items, recommender.titles or recommender.items, strict=True))
     print(f"after {', '.join(title.get(str(item), str(item)) for item in history[-5:])}:")

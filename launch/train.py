@@ -17,7 +17,12 @@ def main(options) -> None:
     from ds_recsys import Trainer, report
 
     trainer = Trainer(
-        config, data=options.data, model=options.model, run_dir=options.run_dir, resume=options.resume or False
+        config,
+        data=options.data,
+        model=options.model,
+        run_dir=options.run_dir,
+        resume=options.resume or False,
+        overwrite=options.overwrite,
     )
     if trainer.is_main:
         print(trainer.describe(), flush=True)
@@ -54,6 +59,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--resume", nargs="?", const=True, help="continue from the newest checkpoint, or from the one named"
     )
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a --run_dir that holds a run")
     parser.add_argument(
         "--baselines", nargs="*", choices=("popularity", "item_knn"), default=["popularity", "item_knn"],
         help="what to compare with (both); ItemKNN's cost grows with the square of the history lengths",

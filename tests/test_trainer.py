@@ -85,10 +85,10 @@ class _open:
     """The log and its split, as a Trainer would read them."""
 
     def __init__(self, folder):
-        from ds_recsys.assemble import load_interactions, split_interactions
+        from ds_recsys.assemble import load_interactions, split_interactions, with_sources
 
-        dataset = ds_recsys.load_config(_config()).recsys.dataset
-        self.interactions = load_interactions(dataset, folder / "log.csv", folder / "cache")
+        dataset = with_sources(ds_recsys.load_config(_config()), data=folder / "log.csv").recsys.dataset
+        self.interactions = load_interactions(dataset, folder / "cache")
         self.split = split_interactions(self.interactions, dataset)
 
 
@@ -109,6 +109,32 @@ def _other_log(folder):
 
 def test_export_with_another_catalogue_is_refused(folder, whole):
     run_on_grid(_other_log, 1, folder=folder)
+
+
+def _run_again(folder):
+    values = _config(pipe=1, training={"steps": 8}, checkpoint={"every_steps": 2, "every_epochs": 0})
+    ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=folder / "again").train()
+    with pytest.raises(UserError, match="again holds a run: --resume it, --overwrite it"):
+        ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=folder / "again")
+    values["recsys"]["training"]["steps"] = 2
+    ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=folder / "again", overwrite=True).train()
+    return sorted(path.name for path in (folder / "again" / "checkpoints").glob("step_*"))
+
+
+def test_a_run_is_not_overwritten_by_accident(folder):
+    assert run_on_grid(_run_again, 1, folder=folder) == [["step_00000002"]]
+
+
+def _pretrained_learning_rate(folder):
+    values = _config(pipe=1)
+    values["optimizer"]["params"]["lr"] = values["scheduler"]["params"]["warmup_max_lr"] = "auto"
+    model = str(folder / "pipe2-export")
+    trainer = ds_recsys.Trainer(values, data=folder / "log.csv", model=model, run_dir=None)
+    return trainer.config.deepspeed["optimizer"]["params"]["lr"]
+
+
+def test_a_model_from_the_command_line_counts_as_pretrained(folder, whole):
+    assert run_on_grid(_pretrained_learning_rate, 1, folder=folder) == [3e-4]
 
 
 def _diverge(folder):
