@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 from dataclasses import dataclass
 
 import deepspeed
@@ -9,6 +10,7 @@ import torch
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from ds_recsys import compat
+from ds_recsys.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,30 @@ def init_distributed(**kwargs) -> None:
     """`deepspeed.init_distributed` that starts on a machine without a compiler; does nothing when already started.
 
     On CPU the backend is gloo, on GPU NCCL. `kwargs` go to `deepspeed.init_distributed`.
+
+    Raises:
+        UserError: the ranks cannot meet, such as when the port is taken.
     """
     if torch.distributed.is_initialized() and deepspeed.comm.is_initialized():
         return
     compat.skip_compiled_collectives()
     if "RANK" not in os.environ:  # a plain `python script.py`: a world of one
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    deepspeed.init_distributed(**{"auto_mpi_discovery": False, "verbose": False, **kwargs})
+    try:
+        deepspeed.init_distributed(**{"auto_mpi_discovery": False, "verbose": False, **kwargs})
+    except torch.distributed.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the ranks cannot meet at {where} ({error}); give the launcher another --master_port"
+        ) from error
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def dropout_seeds(seed: int, data_rank: int) -> dict:

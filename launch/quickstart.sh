@@ -11,7 +11,8 @@ case "$gpus" in
   2 | 3) ranks=2 pipe=2 ;;
   *) ranks=4 pipe=2 ;;
 esac
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 echo "training on $ranks ranks (pipe $pipe x data $((ranks / pipe))), $gpus GPUs"
-deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}" launch/train.py \
+deepspeed --num_gpus "$ranks" --master_port "$port" launch/train.py \
   --deepspeed_config ds_configs/quickstart.json --set "recsys.pipe=$pipe" --run_dir "$run_dir" --overwrite
 python launch/recommend.py "$run_dir/export" --data ml-100k --user 1

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -138,3 +139,13 @@ def test_mistake_is_one_line_before_any_process_group(unbroken):
     output = _run(folder, _deepspeed(3, 29518), *arguments, expect=2)
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "3" in lines[0] and "pipe" in lines[0] and "Traceback" not in output
+
+
+def test_a_taken_port_is_one_line(unbroken):
+    folder, arguments, _ = unbroken
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        output = _run(folder, _deepspeed(2, port), *arguments, "--run_dir", folder / "taken", expect=2)
+    assert f"127.0.0.1:{port}" in output and "--master_port" in output and "Traceback" not in output
