@@ -52,10 +52,26 @@ def pipeline_engine(pipe, config: dict):
     Weight decay spares biases and norms, as in Hugging Face's Trainer, and gradient clipping is exact for tied weights.
     """
     trainable = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim > 1]},
-        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
-    engine = deepspeed.initialize(model=pipe, model_parameters=[g for g in groups if g["params"]], config=config)[0]
+    decay = config["optimizer"]["params"].get("weight_decay") != 0
+    engine = deepspeed.initialize(
+        model=pipe, model_parameters=_groups(trainable) if decay else trainable, config=config
+    )[0]
     compat.clip_tied_weights_once(engine)
     return engine
+
+
+def _groups(trainable: list[torch.nn.Parameter]) -> list:
+    """Matrices with weight decay and vectors without, or all in one group when a stage has only one kind.
+
+    DeepSpeed reduces a norm per group over the stages, so all stages must have the same number of groups or they wait for
+    each other forever.
+    """
+    matrices = [parameter for parameter in trainable if parameter.ndim > 1]
+    vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
+    everywhere = torch.tensor(bool(matrices and vectors), dtype=torch.int32, device=trainable[0].device)
+    torch.distributed.all_reduce(everywhere, op=torch.distributed.ReduceOp.MIN)
+    if everywhere:
+        return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    if torch.distributed.get_rank() == 0:
+        logger.warning("a stage holds no biases or norms, so weight decay covers those of the other stages too")
+    return trainable

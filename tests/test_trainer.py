@@ -125,6 +125,24 @@ def test_a_run_is_not_overwritten_by_accident(folder):
     assert run_on_grid(_run_again, 1, folder=folder) == [["step_00000002"]]
 
 
+def _resume_at_bounds(folder):
+    values = _config(training={"steps": 4}, checkpoint={"every_steps": 2, "every_epochs": 0})
+    values["recsys"]["partition"] = {"bounds": [0, 1, 6]}
+    first = ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=folder / "bounds")
+    assert first.pipe.parts == [0, 1, 6]
+    first.train()
+    learning_rate = first.engine.get_lr()
+    del values["recsys"]["partition"]
+    plain = ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=None)
+    again = ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=folder / "bounds", resume=True)
+    assert plain.pipe.parts != again.pipe.parts == [0, 1, 6]
+    assert again.state["step"] == 4 and again.engine.get_lr() == learning_rate
+
+
+def test_stage_bounds_and_schedule_are_restored(folder):
+    run_on_grid(_resume_at_bounds, 2, folder=folder)
+
+
 def _pretrained_learning_rate(folder):
     values = _config(pipe=1)
     values["optimizer"]["params"]["lr"] = values["scheduler"]["params"]["warmup_max_lr"] = "auto"
