@@ -16,13 +16,13 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def run(main, parser: argparse.ArgumentParser) -> None:
-    """`main(options)`; a UserError is printed by rank 0 and exits with status 2."""
+    """`main(options)`; a UserError is printed once per host and exits with status 2."""
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # one per rank and start
     try:
         main(options)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     torch = sys.modules.get("torch")
