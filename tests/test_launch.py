@@ -44,8 +44,14 @@ def _run(tmp_path, launcher, *arguments, expect=0):
     return output
 
 
-def _deepspeed(ranks, port):
-    return [str(_BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
+
+
+def _deepspeed(ranks, port=None):
+    return [str(_BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port or _free_port())]
 
 
 def _losses(run_dir):
@@ -59,7 +65,7 @@ def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
     (folder / "config.json").write_text(json.dumps(config(checkpoint={"every_steps": 5})))
     arguments = ["--deepspeed_config", folder / "config.json", "--data", write_log(folder / "log.csv")]
-    return folder, arguments, _run(folder, _deepspeed(4, 29511), *arguments, "--run_dir", folder / "whole")
+    return folder, arguments, _run(folder, _deepspeed(4), *arguments, "--run_dir", folder / "whole")
 
 
 def test_report_of_a_whole_run(unbroken):
@@ -73,7 +79,7 @@ def test_report_of_a_whole_run(unbroken):
 
 def test_killed_rank_then_resume_gives_the_same_losses(unbroken):
     folder, arguments, _ = unbroken
-    process = _start(folder, _deepspeed(4, 29512), *arguments, "--run_dir", folder / "broken")
+    process = _start(folder, _deepspeed(4), *arguments, "--run_dir", folder / "broken")
     pids, log = [], folder / "broken" / "log.jsonl"
     for line in process.stdout:
         pids += map(int, re.findall(r"process (\d+) spawned", line))
@@ -87,21 +93,21 @@ def test_killed_rank_then_resume_gives_the_same_losses(unbroken):
     process.communicate(timeout=120)
     assert process.returncode != 0
     assert max(_losses(folder / "broken"), default=0) < max(_losses(folder / "whole"))
-    _run(folder, _deepspeed(4, 29513), *arguments, "--run_dir", folder / "broken", "--resume")
+    _run(folder, _deepspeed(4), *arguments, "--run_dir", folder / "broken", "--resume")
     assert _losses(folder / "broken") == _losses(folder / "whole")
     assert log.exists()
 
 
 def test_resume_with_nothing_to_resume_is_an_error(unbroken):
     folder, arguments, _ = unbroken
-    output = _run(folder, _deepspeed(4, 29514), *arguments, "--run_dir", folder / "none", "--resume", expect=2)
+    output = _run(folder, _deepspeed(4), *arguments, "--run_dir", folder / "none", "--resume", expect=2)
     assert "error: " in output and "no checkpoint to resume" in output and "Traceback" not in output
 
 
 def test_resume_on_another_grid_is_refused(unbroken):
     folder, arguments, _ = unbroken
     more = ["--set", "recsys.pipe=1", "--run_dir", folder / "whole", "--resume"]
-    output = _run(folder, _deepspeed(2, 29515), *arguments, *more, expect=2)
+    output = _run(folder, _deepspeed(2), *arguments, *more, expect=2)
     assert "pipe 2 x data 2" in output and "pipe 1 x data 2" in output and "Traceback" not in output
 
 
@@ -123,8 +129,16 @@ def test_export_loads_and_recommends(unbroken):
 def test_other_launchers_train_the_same(unbroken, launcher):
     folder, arguments, _ = unbroken
     command = {
-        "torchrun": ["torchrun", "--nproc_per_node", "4", "--master_port", "29516"],
-        "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "4", "--main_process_port", "29517"],
+        "torchrun": ["torchrun", "--nproc_per_node", "4", "--master_port", _free_port()],
+        "accelerate": [
+            "accelerate",
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            "4",
+            "--main_process_port",
+            _free_port(),
+        ],
     }[launcher]
     command[0] = str(_BIN / command[0])
     _run(folder, command, *arguments, "--run_dir", folder / launcher, "--set", "recsys.training.epochs=1")
@@ -136,7 +150,7 @@ def test_other_launchers_train_the_same(unbroken, launcher):
 
 def test_mistake_is_one_line_before_any_process_group(unbroken):
     folder, arguments, _ = unbroken
-    output = _run(folder, _deepspeed(3, 29518), *arguments, expect=2)
+    output = _run(folder, _deepspeed(3), *arguments, expect=2)
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "3" in lines[0] and "pipe" in lines[0] and "Traceback" not in output
 
