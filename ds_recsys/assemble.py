@@ -78,17 +78,21 @@ def training_windows(interactions: Interactions, split: Split, dataset: Dataset,
 def model_parts(
     model: Model, interactions: Interactions, cache_dir: str | Path
 ) -> tuple[PreTrainedConfig, Weights | None]:
-    """(config of the causal LM over this catalogue, its pretrained weights or None for random ones)."""
+    """(config of the causal LM over this catalogue, its pretrained weights or None for random ones).
+
+    An exported recommender is taken as it is, item table included: how its training began does not matter any more.
+    """
     weights = None
     if model.path is not None:
         weights = open_weights(_model_path(model.path, cache_dir), cache_dir=cache_dir)
     elif model.config is None:
         raise UserError("no model: give --model, or recsys.model.path or recsys.model.config in the config")
+    if weights and weights.has_items:
+        _check_catalogue(weights, interactions)
+        return recommender_config(weights.config, interactions.num_items), weights
     config = recommender_config(
         weights.config if weights else model.config, interactions.num_items, num_layers=model.num_layers, tie=model.tie
     )
-    if weights and weights.has_items:
-        _check_catalogue(weights, interactions)
     if weights and model.weights == "random":
         return config, None
     if model.item_init == "titles":

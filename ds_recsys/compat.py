@@ -1,6 +1,7 @@
-"""Every private name of DeepSpeed that the package leans on, in one place.
+"""The private names of DeepSpeed's engine that the package leans on, in one place.
 
-tests/test_compat.py fails with the name and this file's line when a DeepSpeed version moves one of them.
+tests/test_compat.py names the one that a DeepSpeed version moved. The methods of PipelineModule that `RecommenderPipe`
+overrides are in models/pipeline.py, watched by tests/test_models_private.py.
 """
 
 import contextlib

@@ -99,6 +99,18 @@ def _evaluate(folder, filter_seen):
     return ds_recsys.Trainer(values, data=folder / "log.csv", model=export, run_dir=None).evaluate("test")
 
 
+def _evaluate_with_the_config_of_its_training(folder):
+    values = _config()
+    values["recsys"]["model"] = {"path": "smollm2-135m", "item_init": "titles", "weights": "random"}
+    export = str(folder / "pipe2-export")
+    return ds_recsys.Trainer(values, data=folder / "log.csv", model=export, run_dir=None).evaluate("test")
+
+
+def test_an_export_is_evaluated_as_it_is(folder, whole):
+    found = run_on_grid(_evaluate_with_the_config_of_its_training, 2, folder=folder)
+    assert found[0] == pytest.approx(whole[0], abs=1e-6)
+
+
 def _other_log(folder):
     write_log(folder / "other.csv", items=39)
     values = _config(pipe=1)
