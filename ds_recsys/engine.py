@@ -10,6 +10,7 @@ import torch
 from ds_recsys import compat
 from ds_recsys.config import Config, load_config
 from ds_recsys.errors import UserError
+from ds_recsys.head.row_sparse import RowSparseAdamW
 from ds_recsys.topology import init_distributed
 
 logger = logging.getLogger("ds_recsys")
@@ -49,13 +50,19 @@ def initialize(*args, **kwargs):
 def pipeline_engine(pipe, config: dict):
     """DeepSpeed's PipelineEngine over a `RecommenderPipe`.
 
-    Weight decay spares biases and norms, as in Hugging Face's Trainer, and gradient clipping is exact for tied weights.
+    Weight decay spares biases and norms, as in Hugging Face's Trainer, and gradient clipping is exact for tied weights. A
+    pipe with a `sparse_table` gets an Adam that updates the rows of the table that the gradient names.
     """
     trainable = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
-    decay = config["optimizer"]["params"].get("weight_decay") != 0
-    engine = deepspeed.initialize(
-        model=pipe, model_parameters=_groups(trainable) if decay else trainable, config=config
-    )[0]
+    params = config["optimizer"]["params"]
+    parameters = _groups(trainable) if params.get("weight_decay") != 0 else trainable
+    optimizer = None
+    if pipe.sparse_table:
+        config = {key: value for key, value in config.items() if key != "optimizer"}
+        known = inspect.signature(RowSparseAdamW).parameters
+        optimizer = RowSparseAdamW(parameters, **{key: value for key, value in params.items() if key in known})
+        parameters = None
+    engine = deepspeed.initialize(model=pipe, optimizer=optimizer, model_parameters=parameters, config=config)[0]
     compat.clip_tied_weights_once(engine)
     return engine
 

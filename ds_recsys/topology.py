@@ -41,6 +41,18 @@ class Grid:
         return f"pipe {self.pipe} x data {self.data} x tensor {self.tensor}"
 
 
+@dataclass(frozen=True)
+class TensorAxis:
+    """The ranks that share one layer, as one of them sees it: their process group, their number, its own place."""
+
+    group: torch.distributed.ProcessGroup | None = None
+    size: int = 1
+    rank: int = 0
+
+
+ALONE = TensorAxis()  # each layer on one rank
+
+
 def init_distributed(**kwargs) -> None:
     """`deepspeed.init_distributed` that starts on a machine without a compiler; does nothing when already started.
 

@@ -8,25 +8,33 @@ from pathlib import Path
 
 import torch
 
-from ds_recsys import checkpoint, compat
-from ds_recsys.assemble import load_interactions, model_parts, split_interactions, training_windows, with_sources
+from ds_recsys import checkpoint, compat, reshard
+from ds_recsys.assemble import (
+    build_pipe,
+    load_interactions,
+    model_parts,
+    split_interactions,
+    training_windows,
+    with_sources,
+)
 from ds_recsys.callbacks import Callback, Progress
 from ds_recsys.config import Config, load_config
 from ds_recsys.data import Interactions, TrainBatches
 from ds_recsys.data.batches import moments_of
+from ds_recsys.data.splits import train_counts
 from ds_recsys.engine import pipeline_engine
 from ds_recsys.errors import UserError
 from ds_recsys.evaluation import evaluate
-from ds_recsys.models import RecommenderPipe, Weights, export
+from ds_recsys.models import Weights, export
 from ds_recsys.models.folder import write_description
 from ds_recsys.models.load import load_weights
-from ds_recsys.objective import NextItemLoss
+from ds_recsys.objective import next_item_loss
 from ds_recsys.runlog import RunLog
-from ds_recsys.topology import Grid, dropout_seeds, init_distributed
+from ds_recsys.topology import Grid, init_distributed
 
 
 class Trainer:
-    """Fine-tune a Hugging Face causal LM as a next-item recommender on a pipe x data grid of ranks.
+    """Fine-tune a Hugging Face causal LM as a next-item recommender on a pipe x data x tensor grid of ranks.
 
         trainer = ds_recsys.Trainer("ds_configs/quickstart.json", data="ml-100k", run_dir="runs/first")
         trainer.train()
@@ -75,34 +83,22 @@ class Trainer:
         recsys, values = config.recsys, config.deepspeed
         self.grid = Grid(recsys.pipe, recsys.data, recsys.tensor)
         self._identity = {
-            "grid": str(self.grid),
             "model": f"{model_config.model_type}, {model_config.num_hidden_layers} x {model_config.hidden_size}",
             "split": self.split.hash,
             "seed": recsys.seed,
             "train_batch_size": values["train_batch_size"],
         }
-        for key, value in self._identity.items():
-            if state and state["identity"][key] != value:
-                raise UserError(
-                    f"{found}: saved with {key} {state['identity'][key]}, this run has {key} {value}; make them equal, "
-                    "or start without --resume in another --run_dir"
-                )
-
+        same_grid = not state or Grid(*state["grid"]) == self.grid
+        if found:
+            checkpoint.check_identity(found, state["identity"], self._identity)
         init_distributed()
         torch.set_num_threads(recsys.threads_per_rank)
-        self.pipe = RecommenderPipe(
-            model_config,
-            self.grid.deepspeed(),
-            weights=weights,
-            seed=recsys.seed,
-            partition_method=recsys.partition.method,
-            bounds=state["bounds"] if state else recsys.partition.bounds,
-            activation_checkpoint_interval=recsys.training.activation_checkpoint_interval,
-            embedding_dropout=recsys.model.embedding_dropout,
-            **dropout_seeds(recsys.seed, self.grid.coordinates().data),
-        )
-        self.pipe.loss_fn = NextItemLoss(self.pipe, recsys.training.label_smoothing)
+        bounds = state["bounds"] if state and same_grid else recsys.partition.bounds
+        self.pipe = build_pipe(recsys, model_config, weights, self.grid, bounds)
+        counts = torch.from_numpy(train_counts(self.interactions, self.split))
+        self.pipe.loss_fn = next_item_loss(self.pipe, recsys.head, recsys.training.label_smoothing, counts)
         self.engine = pipeline_engine(self.pipe, values)
+        self._length_multiple = recsys.tensor if recsys.sequence_parallel else 1
         self.batches = TrainBatches(
             windows,
             micro_batch=self.engine.train_micro_batch_size_per_gpu(),
@@ -110,6 +106,7 @@ class Trainer:
             data_size=self.grid.data,
             data_rank=self.engine.grid.get_data_parallel_rank(),
             seed=recsys.seed,
+            length_multiple=self._length_multiple,
             moments=moments_of(self.interactions) if recsys.dataset.shuffle_ties else None,
         )
         self.is_main = torch.distributed.get_rank() == 0
@@ -117,8 +114,13 @@ class Trainer:
         self.callbacks = [Progress(), *callbacks]
         self.state = {"step": 0, "best": None, "validations_since_best": 0}
         if found:
-            self.state = checkpoint.load(self.engine, found)["training"]
-        self._serving = {"recsys": {"max_length": recsys.dataset.max_length}}
+            self.state = state["training"]
+            if same_grid:
+                checkpoint.load(self.engine, found)
+            else:
+                reshard.load(self.engine, found, Grid(*state["grid"]))
+        cosine_scale = self.pipe.builder.cosine_scale
+        self._serving = {"recsys": {"max_length": recsys.dataset.max_length, "cosine_scale": cosine_scale}}
         if self.is_main and self.run_dir:  # what launch/export.py needs beside a checkpoint
             (self.run_dir / "model").mkdir(parents=True, exist_ok=True)
             log = self.interactions
@@ -204,6 +206,7 @@ class Trainer:
             batch_size=recsys.evaluation.batch_size,
             ks=recsys.evaluation.k,
             filter_seen=recsys.evaluation.filter_seen,
+            length_multiple=self._length_multiple,
         )
 
     def export(self, folder: str | Path) -> None:
@@ -224,7 +227,13 @@ class Trainer:
             self.engine,
             self.run_dir / "checkpoints",
             self.state["step"],
-            {"identity": self._identity, "bounds": list(self.pipe.parts), "training": self.state},
+            {
+                "identity": self._identity,
+                "grid": [self.grid.pipe, self.grid.data, self.grid.tensor],
+                "bounds": list(self.pipe.parts),
+                "training": self.state,
+            },
+            client_state=reshard.parameter_names(self.engine),
             keep_last=self.config.recsys.checkpoint.keep_last,
         )
 

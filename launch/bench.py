@@ -1,6 +1,7 @@
 """The README's figures, one sub-command each; --json FILE holds rows, machine, commit and figures.
 
 python launch/bench.py quality ds_configs/ml100k_quality.json --json runs/quality.json     three seeds, mean and spread
+python launch/bench.py head --json runs/head.json                      the item head's cross-entropy against its peers
 """
 
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_head
 from command import arguments, run
 
 _ROOT = Path(__file__).parents[1]
@@ -59,30 +61,45 @@ def quality(options) -> dict:
     return {"rows": rows, "figures": figures}
 
 
+def machine() -> dict:
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
 def main(options) -> None:
     result = options.measure(options)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True).stdout.strip()
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
     if options.json:
-        Path(options.json).write_text(
-            json.dumps({**result, "machine": machine, "commit": commit or None}, indent=2) + "\n"
-        )
+        result = {**result, "machine": machine(), "commit": commit or None}
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _add(commands, measure):
+    """A sub-command named after the function that measures: options -> {"rows": ..., "figures": ...}."""
+    command = commands.add_parser(measure.__name__, help=measure.__doc__)
+    command.set_defaults(measure=measure)
+    command.add_argument("--json", help="file for rows, machine, commit and figures")
+    return command
 
 
 if __name__ == "__main__":
     parser = arguments(__doc__)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("quality", help=quality.__doc__)
-    command.set_defaults(measure=quality)
+    command = _add(commands, quality)
     command.add_argument("config", help="ds_config JSON")
     command.add_argument("--data", help="interaction log; in place of recsys.dataset.path")
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument("--ranks", type=int, default=4)
     command.add_argument("--run_dir", default="runs/bench")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    command.add_argument("--json", help="file for rows, machine, commit and figures")
+    bench_head.arguments(_add(commands, bench_head.head))
     run(main, parser)

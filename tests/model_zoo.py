@@ -126,9 +126,10 @@ class HeldWeights:
     def bind(self, skeleton: Any) -> "HeldWeights":
         return self
 
-    def get(self, name: str, shape: tuple[int, ...], optional: bool = False) -> torch.Tensor | None:
+    def get(self, name, shape, optional=False, part=None) -> torch.Tensor | None:
         self.asked.append(name)
-        return self.tensors.get(name) if optional else self.tensors[name]
+        value = self.tensors.get(name) if optional else self.tensors[name]
+        return value if part is None else part[0].take(value, part[1])
 
 
 def run_layers(specs: list, layers: list, hidden: torch.Tensor) -> torch.Tensor:

@@ -31,11 +31,44 @@ def test_world_size_comes_from_the_launcher(monkeypatch):
     assert config.recsys.data == 3 and config.recsys.threads_per_rank == max(1, usable_cpus() // 3)
 
 
-def test_tensor_axis_is_refused_after_its_heads_are_checked():
+def test_a_head_needs_a_rank_at_most():
     refused(
-        lambda: resolved(block(tensor=2), 2, model_config={"num_attention_heads": 3}), "3 heads", '"recsys.tensor" 2'
+        lambda: resolved(block(tensor=4), 4, model_config={"num_attention_heads": 3}), "3 heads", '"recsys.tensor" 4'
     )
-    refused(lambda: resolved(block(tensor=2), 2, model_config={"num_attention_heads": 4}), "not available")
+    assert resolved(block(tensor=2), 4, model_config={"num_attention_heads": 9}).recsys.data == 2
+
+
+def test_sequence_parallelism_needs_ranks_to_split_over():
+    refused(lambda: resolved(block(sequence_parallel=True)), '"recsys.sequence_parallel"', '"recsys.tensor"')
+    values = block(tensor=2, sequence_parallel=True, dataset={"max_length": 5})
+    refused(lambda: resolved(values, 2), '"recsys.dataset.max_length" 5', '"recsys.tensor" 2')
+    values["recsys"]["dataset"]["max_length"] = 6
+    assert resolved(values, 2).deepspeed["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
+    values["pipeline"] = {"grad_partitioned": True}
+    refused(lambda: resolved(values, 2), '"pipeline.grad_partitioned" true', '"recsys.sequence_parallel" true')
+    assert "pipeline" not in resolved(block(tensor=2), 2, model_config={"hidden_size": 32}).deepspeed
+    odd = resolved(block(tensor=2), 2, model_config={"hidden_size": 33}).deepspeed
+    assert odd["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
+
+
+def test_row_sparse_gradients_where_deepspeed_lets_them_be():
+    sampled = block(head={"loss": "sampled"})
+    assert resolved(sampled).recsys.head.sparse_gradients is True
+    for key, value, words in (
+        ("zero_optimization", {"stage": 1}, '"zero_optimization.stage" 1'),
+        ("bf16", {"enabled": True}, '"bf16.enabled"'),
+        ("optimizer", {"type": "SGD", "params": {"lr": 1.0}}, '"SGD"'),
+    ):
+        assert resolved({**sampled, key: value}).recsys.head.sparse_gradients is False
+        forced = {**block(head={"loss": "sampled", "sparse_gradients": True}), key: value}
+        refused(lambda forced=forced: resolved(forced), '"recsys.head.sparse_gradients"', words)
+
+
+def test_head_options_that_do_not_fit():
+    refused(lambda: load_config(block(head={"negatives": 7})), "negatives", '"full"')
+    refused(lambda: load_config(block(head={"sparse_gradients": True})), "sparse_gradients", '"sampled"')
+    values = block(head={"loss": "gbce"}, training={"label_smoothing": 0.1})
+    refused(lambda: resolved(values), '"recsys.training.label_smoothing"', '"gbce"')
 
 
 def test_heads_with_a_size_of_their_own_need_not_divide_the_width():
@@ -183,9 +216,9 @@ def test_a_schedule_that_overrides_the_learning_rate_warns():
 
 def test_everything_is_resolved_and_described(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = resolved(block(pipe=2), 4, model_config={"vocab_size": 2**22})
+    config = resolved(block(pipe=2), 4)
     assert config.recsys.dataset.cache_dir == str(tmp_path / "ds_recsys")
-    assert config.recsys.evaluation.batch_size == 4  # 64 MiB of float32
+    assert config.recsys.evaluation.batch_size == 128
     assert '"auto"' not in json.dumps(config.recsys.model_dump(exclude={"dataset": {"format", "titles"}}))
     lines = config.describe()
     assert "recsys.data: 2 (auto)" in lines and "gradient_accumulation_steps: 8 (auto)" in lines

@@ -121,19 +121,47 @@ def check_model(recsys: Recsys, model_config: Any, source: str) -> None:
         raise UserError(
             f"{source}: the model's hidden size {hidden} is not divisible by its {heads} heads; change one of them"
         )
-    if heads and heads % recsys.tensor:
+    if heads and heads < recsys.tensor:
         raise UserError(
-            f'{source}: the model\'s {heads} heads are not divisible by "recsys.tensor" {recsys.tensor}; change tensor'
+            f'{source}: the model\'s {heads} heads are fewer than "recsys.tensor" {recsys.tensor}; lower tensor'
         )
 
 
-def check_tensor(recsys: Recsys, source: str) -> None:
-    """Refuses a tensor axis, after `check_model` had its say about the heads."""
-    if recsys.tensor > 1:
+def check_head(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> None:
+    """The head's loss against precision, ZeRO stage and optimizer."""
+    if recsys.head.loss != "full" and recsys.training.label_smoothing:
         raise UserError(
-            f'{source}: "recsys.tensor" {recsys.tensor}: tensor parallelism is not available in this version; '
-            "set tensor to 1 and use pipe and data"
+            f'{source}: "recsys.training.label_smoothing" {recsys.training.label_smoothing} needs "recsys.head.loss" '
+            f'"full", not "{recsys.head.loss}"; remove one of them'
         )
+    reason = no_sparse_gradients(deepspeed)
+    if recsys.head.sparse_gradients is True and reason:
+        raise UserError(f'{source}: "recsys.head.sparse_gradients" true does not work with {reason}; use "auto"')
+    if recsys.sequence_parallel and recsys.tensor == 1:
+        raise UserError(f'{source}: "recsys.sequence_parallel" true needs "recsys.tensor" above 1, not 1; change one')
+    if recsys.sequence_parallel and recsys.dataset.max_length % recsys.tensor:
+        raise UserError(
+            f'{source}: with "recsys.sequence_parallel" the "recsys.dataset.max_length" {recsys.dataset.max_length} must '
+            f'be a multiple of "recsys.tensor" {recsys.tensor}; change one'
+        )
+
+
+def no_sparse_gradients(deepspeed: Mapping[str, Any]) -> str | None:
+    """What in DeepSpeed's keys keeps gradients from staying rows; None when nothing does."""
+    if zero_stage(deepspeed):
+        return f'"zero_optimization.stage" {zero_stage(deepspeed)}, which flattens gradients'
+    for name in ("fp16", "bf16", "bfloat16"):
+        if _enabled(deepspeed.get(name)):
+            return f'"{name}.enabled" true, whose optimizer flattens gradients'
+    kind = (deepspeed.get("optimizer") or {}).get("type", "AdamW")
+    if kind.lower() not in ("adam", "adamw"):
+        return f'"optimizer.type" "{kind}"; it is Adam or AdamW that has a form for rows'
+    return None
+
+
+def hidden_size(model_config: Any) -> int | None:
+    """Width of the model, from its Hugging Face config or its dict."""
+    return None if model_config is None else _number(model_config, _HIDDEN)
 
 
 def zero_stage(deepspeed: Mapping[str, Any]) -> int:

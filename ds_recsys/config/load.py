@@ -59,8 +59,8 @@ class Config:
         windows:          training windows, from which the steps of an epoch follow (the last batch is filled up)
         steps_per_epoch:  the same, counted by the caller; it goes before `windows`
         model_config:     Hugging Face config of the recommender (or its dict; vocab_size is items + 1)
-        The scheduler's step counts wait for the third or fourth and `evaluation.batch_size` for the last: they stay
-        "auto" meanwhile, and resolving the result again with the missing number fills them in.
+        The scheduler's step counts wait for the third or fourth: they stay "auto" meanwhile, and resolving the result
+        again with the missing number fills them in.
 
         Raises `UserError`, one line, both values named.
         """
@@ -69,7 +69,7 @@ class Config:
         checks.check_pipeline_engine(self._deepspeed, self.recsys, self.source)
         if model_config is not None:
             checks.check_model(self.recsys, model_config, self.source)
-        checks.check_tensor(self.recsys, self.source)
+        checks.check_head(self._deepspeed, self.recsys, self.source)
 
         resolved = dict(self.resolved)
         record = resolved.__setitem__
@@ -77,11 +77,15 @@ class Config:
         recsys = resolve.resolve_grid(
             self.recsys, data, local_world_size or resolve.ranks("LOCAL_WORLD_SIZE", "LOCAL_SIZE") or world_size, record
         )
-        recsys = resolve.resolve_rest(recsys, resolve.catalogue(model_config), record)
+        recsys = resolve.resolve_rest(recsys, record)
         resolve.resolve_batch(deepspeed, recsys.pipe, data, self.source, record)
         resolve.resolve_optimizer(deepspeed, recsys, self.source, record)
         if steps_per_epoch is None and windows is not None:
             steps_per_epoch = math.ceil(windows / deepspeed["train_batch_size"])
+        if recsys.tensor > 1:
+            resolve.resolve_pipeline(deepspeed, recsys, checks.hidden_size(model_config), self.source, record)
+        if recsys.head.sparse_gradients == "auto":
+            recsys = resolve.resolve_sparse_gradients(deepspeed, recsys, record)
         resolve.resolve_schedule(deepspeed, resolve.total_steps(recsys, steps_per_epoch), self.source, record)
         resolve.refuse_other_autos(deepspeed, self.source)
         return replace(self, recsys=recsys, resolved=resolved, _deepspeed=deepspeed)
@@ -99,7 +103,6 @@ class Config:
                 f'{self.source}: "recsys.pipe" is {self.recsys.pipe}, the module has {pipe} stage(s); '
                 "change one of them, or leave pipe out"
             )
-        checks.check_tensor(self.recsys, self.source)
         recsys = self.recsys.model_copy(update={"pipe": pipe})
         world_size = world_size or resolve.ranks("WORLD_SIZE") or 1
         data = checks.check_grid(recsys, world_size, self.source)

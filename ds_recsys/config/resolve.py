@@ -12,11 +12,12 @@ train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps 
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ds_recsys.cache import default_cache
+from ds_recsys.config.checks import no_sparse_gradients
 from ds_recsys.config.schema import Recsys
 from ds_recsys.errors import UserError
 
@@ -26,7 +27,6 @@ _ACCUMULATION = "gradient_accumulation_steps"
 BATCH_KEYS = (_BATCH, _MICRO, _ACCUMULATION)
 _DEFAULT_EPOCHS = 3
 _DEFAULT_MICRO_BATCH = 8
-_EVAL_SCORE_BYTES = 64 * 2**20
 _EVAL_BATCH = 128
 _WARMUP_FRACTION = 0.05
 
@@ -138,15 +138,46 @@ def resolve_grid(recsys: Recsys, data: int, local_world_size: int, record: Recor
     return _changed(recsys, changes, record)
 
 
-def resolve_rest(recsys: Recsys, num_items: int | None, record: Record) -> Recsys:
-    """The block with its other "auto"s replaced; `evaluation.batch_size` stays "auto" while `num_items` is None."""
+def resolve_pipeline(
+    deepspeed: dict[str, Any], recsys: Recsys, hidden_size: int | None, source: str, record: Record
+) -> None:
+    """What a tensor axis needs of DeepSpeed's "pipeline" block.
+
+    By default each tensor rank sends its share of a stage's output, and the receivers put the shares together. With
+    sequence parallelism a rank's output is its own, so it is sent as it is; so is one that does not divide by `tensor`,
+    whose shares DeepSpeed 0.19 asks ranks of the wrong stage for.
+    """
+    if recsys.sequence_parallel:
+        reason = '"recsys.sequence_parallel" true'
+    elif hidden_size is not None and hidden_size % recsys.tensor:
+        reason = f'hidden size {hidden_size} not divisible by "recsys.tensor" {recsys.tensor}'
+    else:
+        return
+    block = deepspeed.setdefault("pipeline", {})
+    for key in ("pipe_partitioned", "grad_partitioned"):
+        if block.get(key) is True:
+            raise UserError(f'{source}: "pipeline.{key}" true does not work with {reason}; remove the key')
+        if key not in block:
+            block[key] = False
+            record(f"pipeline.{key}", False)
+
+
+def resolve_sparse_gradients(deepspeed: dict[str, Any], recsys: Recsys, record: Record) -> Recsys:
+    """Rows wherever the loss leaves most of the table alone and DeepSpeed lets gradients be rows."""
+    if recsys.head.loss == "full":  # touches every row: nothing was decided for the user
+        return recsys.model_copy(update={"head": recsys.head.model_copy(update={"sparse_gradients": False})})
+    return _changed(recsys, {"head.sparse_gradients": no_sparse_gradients(deepspeed) is None}, record)
+
+
+def resolve_rest(recsys: Recsys, record: Record) -> Recsys:
+    """The block with its other "auto"s replaced."""
     changes: dict[str, Any] = {}
     if recsys.training.epochs is None and recsys.training.steps is None:
         changes["training.epochs"] = _DEFAULT_EPOCHS
     if recsys.dataset.cache_dir == "auto":
         changes["dataset.cache_dir"] = str(default_cache())
-    if recsys.evaluation.batch_size == "auto" and num_items is not None:
-        changes["evaluation.batch_size"] = max(1, min(_EVAL_BATCH, _EVAL_SCORE_BYTES // (4 * (num_items + 1))))
+    if recsys.evaluation.batch_size == "auto":
+        changes["evaluation.batch_size"] = _EVAL_BATCH
     return _changed(recsys, changes, record)
 
 
@@ -157,13 +188,6 @@ def _changed(recsys: Recsys, changes: dict[str, Any], record: Record) -> Recsys:
         update = {block: getattr(recsys, block).model_copy(update={name: value})} if block else {name: value}
         recsys = recsys.model_copy(update=update)
     return recsys
-
-
-def catalogue(model_config: Any) -> int | None:
-    """Items of a recommender, from its Hugging Face config (or its dict): token 0 is padding, the others are items."""
-    get = model_config.get if isinstance(model_config, Mapping) else lambda name: getattr(model_config, name, None)
-    size = get("vocab_size")
-    return None if size is None else size - 1
 
 
 def ranks(*names: str) -> int | None:

@@ -74,6 +74,9 @@ class Dataset(Block):
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="Share of malformed rows above which the run stops before training."
     )
+    min_catalogue: NonNegative = Field(
+        0, description="Pad the catalogue with synthetic items to this many, to measure what a larger one costs."
+    )
     split: Literal["leave_one_out", "global_time"] = Field(
         "leave_one_out",
         description="`leave_one_out`: each user's last item is the test, the one before it the validation; "
@@ -156,6 +159,50 @@ class Model(Block):
         return self
 
 
+class Head(Block):
+    """The item head: what the loss compares the target with, and how scores are made."""
+
+    loss: Literal["full", "sampled", "gbce"] = Field(
+        "full",
+        description="`full`: softmax over the whole catalogue, never held at once; `sampled`: softmax over sampled items "
+        "with logQ correction; `gbce`: gSASRec's generalised binary cross-entropy over sampled items.",
+    )
+    negatives: Positive = Field(
+        1024, description="Items sampled per micro-batch, over the whole catalogue; `sampled` and `gbce` only."
+    )
+    sampling: Literal["uniform", "popularity", "in_batch"] = Field(
+        "uniform",
+        description="Which items are sampled: any, by how often they occur in training (to the power of "
+        "`popularity_power`), or the targets of the same micro-batch.",
+    )
+    popularity_power: float = Field(
+        0.75, ge=0, le=1, description="`popularity` only; 0 is uniform, 1 as often as seen."
+    )
+    calibration: float = Field(
+        0.75, ge=0, le=1, description="`gbce` only: 0 is binary cross-entropy, 1 makes scores calibrated (gSASRec's t)."
+    )
+    cosine_scale: float | None = Field(
+        None,
+        gt=0,
+        description="Scores are this times the cosine of history and item; null: the model's own dot product.",
+    )
+    sparse_gradients: bool | Auto = Field(
+        "auto",
+        description="Gradients of the item table as rows, with an optimizer that touches only those; `sampled` and `gbce` "
+        'with `zero_optimization.stage` 0 in fp32; `"auto"` does so where it can.',
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Head":
+        sampled = ("negatives", "sampling", "popularity_power", "calibration")
+        given = [name for name in sampled if getattr(self, name) != type(self).model_fields[name].default]
+        if self.loss == "full" and given:
+            raise ValueError(f'{", ".join(given)} has no meaning with loss "full"; choose "sampled" or "gbce"')
+        if self.loss == "full" and self.sparse_gradients is True:
+            raise ValueError('sparse_gradients true needs loss "sampled" or "gbce": the full softmax touches every row')
+        return self
+
+
 class Training(Block):
     """How long to train, and the choices DeepSpeed's own keys have no word for."""
 
@@ -192,9 +239,7 @@ class Evaluation(Block):
         [10], min_length=1, description="Cut-offs K of HR@K, NDCG@K and coverage@K; the first one's NDCG is validated."
     )
     filter_seen: bool = Field(True, description="Leave the items of the user's history out of the ranking.")
-    batch_size: Positive | Auto = Field(
-        "auto", description='Users per batch and rank; `"auto"` keeps the scores of a batch under 64 MiB, at most 128.'
-    )
+    batch_size: Positive | Auto = Field("auto", description='Users per batch and rank; `"auto"` is 128.')
 
     @field_validator("k")
     @classmethod
@@ -217,7 +262,10 @@ class Recsys(Block):
 
     pipe: Positive = Field(1, description="Pipeline stages.")
     data: Positive | Auto = Field("auto", description='Replicas; `"auto"` is world size / (`pipe` x `tensor`).')
-    tensor: Positive = Field(1, description="Ranks that share one layer; this version has only 1.")
+    tensor: Positive = Field(1, description="Ranks that share each layer and the item table.")
+    sequence_parallel: bool = Field(
+        False, description="Split the activations between the blocks over the `tensor` ranks too; saves their memory."
+    )
     seed: NonNegative = Field(42, description="Seed of the weights, the shuffling and the dropout.")
     threads_per_rank: Positive | Auto = Field(
         "auto", description='CPU threads of a rank; `"auto"` divides the usable cores by the ranks on the host.'
@@ -225,6 +273,7 @@ class Recsys(Block):
     partition: Partition = Field(Partition(), description="")
     dataset: Dataset = Field(Dataset(), description="")
     model: Model = Field(Model(), description="")
+    head: Head = Field(Head(), description="")
     training: Training = Field(Training(), description="")
     evaluation: Evaluation = Field(Evaluation(), description="")
     checkpoint: Checkpoint = Field(Checkpoint(), description="")

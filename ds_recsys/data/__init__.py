@@ -2,7 +2,7 @@
 
 from ds_recsys.data.batches import EvalBatches, TrainBatches
 from ds_recsys.data.formats import FORMATS
-from ds_recsys.data.interactions import Interactions, k_core
+from ds_recsys.data.interactions import Interactions, k_core, pad_catalogue
 from ds_recsys.data.packages import fetch_ml100k, fetch_smollm2
 from ds_recsys.data.readers import read_interactions
 from ds_recsys.data.report import ReadReport
@@ -22,5 +22,6 @@ __all__ = [
     "global_time",
     "k_core",
     "leave_one_out",
+    "pad_catalogue",
     "read_interactions",
 ]

@@ -27,7 +27,7 @@ class TrainBatches:
 
     A micro-batch is `(input_ids, (labels, scale))`: int64 [micro_batch, S] twice, right-padded with 0 and -100, and a
     float64 scalar. S is shared by all micro-batches of all ranks of a step, as pipeline stages require; it is a
-    multiple of `length_multiple` unless that passes the longest window.
+    multiple of `length_multiple`.
 
     Why `scale`: the loss of a step should be sum(CE) / P over the P supervised positions of the whole global batch.
     With loss_m = scale * sum(CE over micro-batch m) and scale = micro_batches * data_size / P, DeepSpeed's mean of the
@@ -106,7 +106,7 @@ class TrainBatches:
 
     def _padded_length(self, rows: np.ndarray) -> int:
         longest = int(self._inputs[rows[rows >= 0]].max())
-        return min(-(-longest // self._multiple) * self._multiple, int(self._inputs.max()))
+        return -(-longest // self._multiple) * self._multiple
 
     def _plan(self, epoch: int) -> np.ndarray:
         """int64 [steps, global_batch]: the windows of each step in their places, -1 for an empty row."""
@@ -207,7 +207,7 @@ class EvalBatches:
         self._sequence = interactions.sequence
         self._users, self._stops, self._lengths = users[order], stops[order], lengths[order]
         self._batch, self._size, self._rank = batch_size, data_size, data_rank
-        self._multiple, self._limit = length_multiple, max_length
+        self._multiple = length_multiple
 
     @property
     def num_users(self) -> int:
@@ -221,7 +221,7 @@ class EvalBatches:
         for step in range(len(self)):
             first = step * self._batch * self._size
             length = int(self._lengths[first])  # the longest of the batch, on every rank
-            length = min(-(-length // self._multiple) * self._multiple, self._limit)
+            length = -(-length // self._multiple) * self._multiple
             # Ranks take turns, so that all of them hold users until the last are out.
             rows = first + self._rank + np.arange(self._batch) * self._size
             yield self._collate(rows, length)

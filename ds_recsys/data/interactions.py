@@ -140,6 +140,16 @@ def k_core(interactions: Interactions, k: int) -> Interactions:
     return _compact(replace(interactions, offsets=offsets, sequence=interactions.sequence[keep], timestamps=times))
 
 
+def pad_catalogue(interactions: Interactions, num_items: int) -> Interactions:
+    """The same log over a catalogue of at least `num_items` items: the new ones, `synthetic-1` on, nobody has met."""
+    missing = num_items - interactions.num_items
+    if missing <= 0:
+        return interactions
+    ids = [f"synthetic-{number}" for number in range(1, missing + 1)]
+    titles = None if interactions.titles is None else [*interactions.titles, *ids]
+    return replace(interactions, items=[*interactions.items, *ids], titles=titles)
+
+
 def _compact(x: Interactions) -> Interactions:
     """Drop users and items that own no interaction, and renumber."""
     used = np.bincount(x.sequence, minlength=x.num_items + 1) > 0

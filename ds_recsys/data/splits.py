@@ -96,3 +96,17 @@ def global_time(interactions: Interactions, *, valid_fraction: float = 0.1, test
             raise UserError(f"{interactions.report.source}: the split by global time leaves nothing {part}; "
                             f"change valid_fraction={valid_fraction} or test_fraction={test_fraction}")  # fmt: skip
     return split
+
+
+def train_positions(interactions: Interactions, split: Split) -> np.ndarray:
+    """int64: the places in `sequence` of all training interactions."""
+    lengths = split.train_stop - split.offsets[:-1]
+    starts = np.repeat(split.offsets[:-1] - (np.cumsum(lengths) - lengths), lengths)
+    return starts + np.arange(len(starts))
+
+
+def train_counts(interactions: Interactions, split: Split) -> np.ndarray:
+    """int64 [I + 1]: how often each item occurs in the training part; 0 for padding."""
+    return np.bincount(
+        interactions.sequence[train_positions(interactions, split)], minlength=interactions.num_items + 1
+    )

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
 
 from ds_recsys.errors import UserError
 from ds_recsys.models.folder import put_in_place, set_dtype, write_index
+from ds_recsys.models.specs import ModelBuilder
 from ds_recsys.models.weights import CATALOGUE
 
 
@@ -26,7 +29,7 @@ def convert_checkpoint(checkpoint: str | Path, description: str | Path, out_dir:
         UserError: no layer files, or no description.
     """
     checkpoint, description, out = Path(checkpoint), Path(description), Path(out_dir)
-    layers = sorted(checkpoint.glob("layer_*-model_states.pt"))
+    layers = layer_files(checkpoint)
     if not layers:
         raise UserError(f"{checkpoint}: no layer_*-model_states.pt in it, so not a pipeline checkpoint")
     for name in ("config.json", CATALOGUE):
@@ -38,9 +41,9 @@ def convert_checkpoint(checkpoint: str | Path, description: str | Path, out_dir:
     for name in ("config.json", CATALOGUE):
         shutil.copyfile(description / name, partial / name)
     index, dtype = {}, None
-    for number, layer in enumerate(layers, start=1):
-        tensors = torch.load(layer, map_location="cpu", mmap=True, weights_only=True)
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    builder = ModelBuilder(AutoConfig.from_pretrained(description))
+    for number, files in enumerate(layers, start=1):
+        tensors = merge_layer(files, builder)
         if not tensors:
             continue
         file = f"model-{number:05d}-of-{len(layers):05d}.safetensors"
@@ -51,3 +54,21 @@ def convert_checkpoint(checkpoint: str | Path, description: str | Path, out_dir:
     set_dtype(partial, dtype)
     put_in_place(partial, out)
     return out
+
+
+def layer_files(checkpoint: Path) -> list[list[Path]]:
+    """Of every pipeline layer with parameters, in order, the file of each tensor rank."""
+    layers: dict[str, list[Path]] = {}
+    for path in sorted(checkpoint.glob("layer_*-model_states.pt")):  # layer_03-model_01-model_states.pt
+        layers.setdefault(path.name.split("-")[0], []).append(path)
+    return list(layers.values())
+
+
+def merge_layer(files: list[Path], builder: ModelBuilder) -> dict[str, Tensor]:
+    """HF name -> whole tensor of one layer from the files of its tensor ranks, which are mapped and not read at once."""
+    ranks = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
+    shards = builder.shards(len(files))
+    return {
+        name: shards[name].merge([rank[name] for rank in ranks]) if name in shards else tensor.contiguous()
+        for name, tensor in ranks[0].items()
+    }

@@ -13,6 +13,8 @@ from torch import Tensor
 from ds_recsys.errors import UserError
 from ds_recsys.models.folder import put_in_place, set_dtype, write_description, write_index
 from ds_recsys.models.pipeline import RecommenderPipe
+from ds_recsys.models.shards import Shard
+from ds_recsys.topology import TensorAxis
 
 
 def export(
@@ -25,9 +27,10 @@ def export(
 ) -> Path:
     """Write `pipe` as an HF causal LM folder. Collective: every rank calls it.
 
-    Data rank 0 of every stage writes `model-*-of-*.safetensors` with HF's names and the dtype it holds; rank 0 writes
-    the index, `config.json` and `items.parquet` (index, id, title). All goes to a temporary folder beside `out_dir`,
-    which takes its place at the end, so `out_dir` never holds half an export.
+    One rank of every stage writes `model-*-of-*.safetensors` with HF's names and the dtype it holds. Tensors are whole:
+    the parts of other tensor ranks are sent to it, one tensor at a time. Rank 0 writes the index, `config.json` and
+    `items.parquet` (index, id, title). All goes to a temporary folder beside `out_dir`, which takes its place at the end,
+    so `out_dir` never holds half an export.
 
     Args:
         out_dir: must be seen by all ranks (shared file system).
@@ -45,11 +48,11 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    writer = pipe.mpu().get_data_parallel_rank() == 0
+    writer = pipe.mpu().get_data_parallel_rank() == 0 and pipe.builder.tensor.rank == 0
     file = f"model-{pipe.stage_id + 1:05d}-of-{pipe.num_stages:05d}.safetensors"
     mine, error = {}, None
+    tensors = stage_tensors(pipe) if pipe.mpu().get_data_parallel_rank() == 0 else {}
     if writer:
-        tensors = stage_tensors(pipe)
         try:
             save_file(tensors, partial / file, metadata={"format": "pt"})
         except OSError as exc:
@@ -79,11 +82,33 @@ def export(
 
 
 def stage_tensors(pipe: RecommenderPipe) -> dict[str, Tensor]:
-    """What this stage writes: HF name -> tensor on the host; a tied table belongs to the first stage."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in pipe.hf_state_dict().items()}
-    if not pipe.is_first_stage:
-        tensors.pop(pipe.builder.skeleton.table_name, None)
+    """What this stage writes: HF name -> whole tensor on the host; a tied table belongs to the first stage.
+
+    Collective over the tensor axis; ranks other than its first get nothing.
+    """
+    shards, axis = pipe.builder.shards(), pipe.builder.tensor
+    tensors = {}
+    for name, tensor in pipe.hf_state_dict().items():
+        if name == pipe.builder.skeleton.table_name and not pipe.is_first_stage:
+            continue
+        if name in shards:
+            tensor = gather(tensor.detach(), shards[name], pipe.builder.full_shape(name), axis)
+        if axis.rank == 0:
+            tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
+
+
+def gather(tensor: Tensor, shard: Shard, full: tuple[int, ...], axis: TensorAxis) -> Tensor | None:
+    """The whole tensor of shape `full` from the ranks' parts, on the axis' first rank; None on the others."""
+    first = dist.get_global_rank(axis.group, 0)
+    if axis.rank:
+        dist.send(tensor.contiguous(), dst=first, group=axis.group)
+        return None
+    parts = [tensor]
+    for rank in range(1, axis.size):
+        parts.append(tensor.new_empty(shard.shape(full, rank)))
+        dist.recv(parts[rank], src=dist.get_global_rank(axis.group, rank), group=axis.group)
+    return shard.merge(parts)
 
 
 def _finish(pipe, partial: Path, out: Path, index: dict[str, tuple[str, int]], item_ids, titles, extra_config) -> None:

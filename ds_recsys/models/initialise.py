@@ -5,7 +5,7 @@ generator seeded from its name, so a stage needs no other stage's layers and dra
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_recsys.errors import UserError
+from ds_recsys.models.shards import Shard
 
 if TYPE_CHECKING:
     from ds_recsys.models.layers import PipelineLayer
@@ -26,9 +27,13 @@ def name_seed(seed: int, name: str) -> int:
 
 
 def fill_layer(
-    layer: "PipelineLayer", skeleton: "Skeleton", source: "Source | None", seed: int, dtype: torch.dtype
-) -> list[str]:
+    layer: "PipelineLayer", skeleton: "Skeleton", source: "Source | None", seed: int, dtype: torch.dtype,
+    shards: Mapping[str, Shard], rank: int,
+) -> list[str]:  # fmt: skip
     """Replace the meta parameters of `layer` by values; return the HF names that `source` did not provide.
+
+    Of the parameters in `shards` only the part of tensor rank `rank` stays; random ones are drawn whole and cut, so that
+    they do not depend on the size of the axis.
 
     Raises:
         UserError: `source` lacks a parameter that it should hold, or holds it in another shape.
@@ -41,7 +46,8 @@ def fill_layer(
                 continue
             if id(meta) not in memo:
                 name = skeleton.aliases[f"{prefix}.{attr}"]
-                value = None if source is None else source.get(name, tuple(meta.shape))
+                shard = shards.get(name)
+                value = None if source is None else source.get(name, tuple(meta.shape), part=shard and (shard, rank))
                 if value is None:
                     missing.append(name)
                     # NaN marks what HF's initialisation leaves out; empty memory would pass unseen.
@@ -51,7 +57,7 @@ def fill_layer(
                         else torch.zeros(meta.shape, dtype=meta.dtype)
                     )
                 else:
-                    data = torch.empty(meta.shape, dtype=dtype if meta.is_floating_point() else meta.dtype)
+                    data = torch.empty(value.shape, dtype=dtype if meta.is_floating_point() else meta.dtype)
                     data.copy_(value)
                     del value
                 memo[id(meta)] = nn.Parameter(data, meta.requires_grad)
@@ -64,6 +70,9 @@ def fill_layer(
                         buffer.copy_(value)
     if missing:
         _initialise(layer, skeleton, set(missing), seed)
+        for name, param in layer.named_parameters():
+            if name in missing and name in shards:
+                param.data = shards[name].take(param.data, rank)
         for name, param in layer.named_parameters():
             if torch.isnan(param).any():
                 raise UserError(

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from ds_recsys.head.row_sparse import own_gradient
+from ds_recsys.models.tensor.rng import RegionRandom
+from ds_recsys.regions import gather_from_region, reduce_from_region, split_sequence
+
 if TYPE_CHECKING:
     from ds_recsys.models.specs import ModelBuilder
 
@@ -52,13 +56,33 @@ class PipelineLayer(nn.Module):
 
 
 class ItemTable(PipelineLayer):
-    """HF's token embedding, one row per item, with our dropout behind it: ids [B, S] int64 -> [B, S, E]."""
+    """HF's token embedding, one row per item, with our dropout behind it: ids [B, S] int64 -> [B, S, E].
+
+    On a tensor axis each rank holds some of the rows, looks up what it has, and the lookups are added up.
+    """
 
     def __init__(self, builder: "ModelBuilder"):
         super().__init__(builder, [builder.skeleton.embedding_name], [])
+        embedding = self.get_submodule(self.module_names[0])
+        embedding.sparse = builder.sparse_table
+        self.first_row = 0
+        if builder.tensor.size > 1:
+            shard = builder.shards()[builder.skeleton.table_name]
+            self.first_row = shard.ranges[builder.tensor.rank][0][0]
+            if self.first_row:  # the padding row, which gets no gradient from lookups, is on rank 0
+                embedding.padding_idx = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        embedded = self.get_submodule(self.module_names[0])(ids)
+        embedding = self.get_submodule(self.module_names[0])
+        if self.builder.tensor.size == 1:
+            embedded = embedding(ids)
+            if embedding.sparse:
+                embedded = own_gradient(embedded)
+        else:
+            rows = ids - self.first_row
+            mine = (rows >= 0) & (rows < len(embedding.weight))
+            embedded = embedding(rows.masked_fill(~mine, 0)).masked_fill(~mine[..., None], 0)
+            embedded = reduce_from_region(embedded, self.builder.tensor)
         return dropout(embedded, self.builder.embedding_dropout, self.training)
 
 
@@ -73,21 +97,46 @@ class Prologue(PipelineLayer):
 
 
 class Block(PipelineLayer):
-    """HF decoder layer `index`, called as HF calls it. [B, S, H] -> [B, S, H]."""
+    """HF decoder layer `index`, called as HF calls it. [B, S, H] -> [B, S, H].
+
+    With sequence parallelism each rank of the tensor axis holds S / T positions between the first and the last block.
+    """
 
     def __init__(self, builder: "ModelBuilder", index: int):
         skeleton = builder.skeleton
         between = index > 0 and skeleton.glue[index]  # HF computes something between layers index - 1 and index
         super().__init__(builder, [skeleton.block_name(index)], skeleton.owned(index) if between else [])
         self.index, self.between = index, between
+        if builder.tensor.size > 1:
+            builder.block_plan(index).apply(self.get_submodule(self.module_names[0]), builder.tensor)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.builder.sequence_parallel:
+            return self._forward_split(hidden)
         skeleton = self.builder.skeleton
         call = skeleton.arguments(hidden, self.training)[self.index]
         if self.between:
             outer = {n: p for n, p in self.named_parameters() if n in skeleton.outer}
             hidden = skeleton.boundary(self.index, hidden, outer, self.training)
         return call.apply(self.get_submodule(self.module_names[0]), hidden).contiguous()
+
+    def _forward_split(self, hidden: Tensor) -> Tensor:
+        """[B, S / T, H] -> the same; the first block is given all positions, the last one returns them."""
+        skeleton, axis = self.builder.skeleton, self.builder.tensor
+        if self.index == 0:
+            hidden = split_sequence(hidden, axis)
+        batch, length, _ = hidden.shape
+        call = skeleton.arguments(hidden.new_empty(batch, length * axis.size, 0), self.training)[self.index]
+        random = RegionRandom(axis.rank)  # other positions, so other dropout on every rank
+        if self.training:
+            random.enter(hidden.device)
+        try:
+            hidden = call.apply(self.get_submodule(self.module_names[0]), hidden).contiguous()
+        finally:
+            random.leave()
+        if self.index == len(skeleton.blocks) - 1:
+            hidden = gather_from_region(hidden, axis, [length] * axis.size, dim=1)
+        return hidden
 
 
 class Epilogue(PipelineLayer):

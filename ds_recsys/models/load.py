@@ -12,8 +12,10 @@ def load_weights(pipe: RecommenderPipe, weights: Weights) -> None:
 
     An optimizer keeps its own fp32 copies, so training on from here needs a new engine.
     """
-    source = weights.bind(pipe.builder.skeleton)
+    builder = pipe.builder
+    source, shards = weights.bind(builder.skeleton), builder.shards()
     for name, tensor in pipe.hf_state_dict().items():
-        value = source.get(name, tuple(tensor.shape), optional=True)
+        part = (shards[name], builder.tensor.rank) if name in shards else None
+        value = source.get(name, builder.full_shape(name), optional=True, part=part)
         if value is not None:
             tensor.copy_(value)

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ds_recsys.errors import UserError
+from ds_recsys.head.row_sparse import all_reduce_rows
+from ds_recsys.head.shard import HeadShard
 from ds_recsys.models.layers import Block, ItemTable, PipelineLayer
 from ds_recsys.models.specs import TIED_KEY, ModelBuilder
 from ds_recsys.models.weights import Weights
+from ds_recsys.topology import TensorAxis
 
 
 class RecommenderPipe(PipelineModule):
@@ -19,7 +22,7 @@ class RecommenderPipe(PipelineModule):
 
     Args:
         config: of the causal LM; see `recommender_config`.
-        topology: DeepSpeed `ProcessTopology` with axes `pipe` and `data`.
+        topology: DeepSpeed `ProcessTopology` with axes `pipe`, `data` and, for tensor parallelism, `model`.
         weights: pretrained weights, or None for random ones; either way a stage makes its own layers only.
         seed: of the random initialisation; values depend on (seed, HF name), not on the grid.
         partition_method: "parameters", "uniform" or "type:REGEX" (on `Block`, `ItemTable`, `Prologue`, `Epilogue`,
@@ -28,6 +31,9 @@ class RecommenderPipe(PipelineModule):
         activation_checkpoint_interval: recompute every that many layers in backward; 0: keep activations.
         dtype: of the parameters as built; DeepSpeed casts for bf16 itself.
         embedding_dropout: on the item embeddings while training, beside what the config's own fields drop.
+        sequence_parallel: split the activations between the blocks over the tensor axis; lengths must divide by it.
+        cosine_scale: scores are this times the cosine of hidden state and item, in place of the head's own dot product.
+        sparse_table: the item table gets row-sparse gradients from lookups; for sampled losses.
         pipe_options: `loss_fn`, `seed_layers`, `base_seed`, `dynamic_shape` ... of DeepSpeed's PipelineModule.
 
     A mixture of experts trains on the next-item loss alone: the auxiliary router losses of HF's forward are not added.
@@ -50,10 +56,22 @@ class RecommenderPipe(PipelineModule):
         activation_checkpoint_interval: int = 0,
         dtype: torch.dtype = torch.float32,
         embedding_dropout: float = 0.0,
+        sequence_parallel: bool = False,
+        cosine_scale: float | None = None,
+        sparse_table: bool = False,
         loss_fn: Callable | None = None,
         **pipe_options,
     ):
-        builder = ModelBuilder(config, weights, seed=seed, dtype=dtype, embedding_dropout=embedding_dropout)
+        builder = ModelBuilder(
+            config,
+            weights,
+            seed=seed,
+            dtype=dtype,
+            embedding_dropout=embedding_dropout,
+            sequence_parallel=sequence_parallel,
+            cosine_scale=cosine_scale,
+            sparse_table=sparse_table,
+        )
         # nn.Module refuses attributes before its __init__, which only runs inside PipelineModule's; these are no
         # modules.
         object.__setattr__(self, "builder", builder)
@@ -67,6 +85,16 @@ class RecommenderPipe(PipelineModule):
             activation_checkpoint_interval=activation_checkpoint_interval,
             **options,
         )
+        self._mark_shards()
+
+    def _mark_shards(self) -> None:
+        """Tell DeepSpeed's norms which parameters differ between tensor ranks, so that each value counts once."""
+        shards, rank = self.builder.shards(), self.builder.tensor.rank
+        for name, parameter in self.hf_named_parameters():
+            if name in shards:
+                parameter.tensor_model_parallel = True
+                if not shards[name].owner(rank):  # key-value heads that another rank holds too
+                    parameter.ds_pipe_replicated = True
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -78,6 +106,14 @@ class RecommenderPipe(PipelineModule):
         return self.builder.parameter_counts()
 
     def _partition_layers(self, method: str = "uniform") -> None:
+        grid = self._grid
+        if grid.get_slice_parallel_world_size() > 1:  # DeepSpeed's groups stand now, and no layer has been built
+            axis = (
+                grid.get_slice_parallel_group(),
+                grid.get_slice_parallel_world_size(),
+                grid.get_slice_parallel_rank(),
+            )
+            self.builder.set_tensor_axis(TensorAxis(*axis))
         if self._wanted_bounds is None:
             super()._partition_layers(method)
             parts = keep_tail([int(p) for p in self.parts], self.builder.tail())
@@ -93,9 +129,22 @@ class RecommenderPipe(PipelineModule):
         ):  # DeepSpeed broadcasts parameters that require grad, which makes autograd warn in each run
             super()._synchronize_tied_weights()
 
+    def allreduce_tied_weight_gradients(self) -> None:
+        """Between the first and the last stage: as rows, where the table's gradient is rows."""
+        if not self.sparse_table:
+            super().allreduce_tied_weight_gradients()
+        elif TIED_KEY in self.tied_comms:
+            weight = self.tied_modules[TIED_KEY].get_parameter(self.builder.skeleton.table_name)
+            weight.grad = all_reduce_rows(weight.grad, self.tied_comms[TIED_KEY]["group"])
+
     def _is_checkpointable(self, funcs: list) -> bool:
         """Recompute decoder layers; never the item table, whose input has no gradient."""
         return any(isinstance(f, Block) for f in funcs) and not any(isinstance(f, ItemTable) for f in funcs)
+
+    @property
+    def sparse_table(self) -> bool:
+        """Whether the item table gets row-sparse gradients."""
+        return self.builder.sparse_table
 
     def local_layers(self) -> Iterator[tuple[str, PipelineLayer]]:
         """(name in this module, layer) of every layer of this stage, a tied table once."""
@@ -127,12 +176,27 @@ class RecommenderPipe(PipelineModule):
         return self.stage_id == self.num_stages - 1
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of all items for hidden states of any leading shape, on the last stage: [..., H] -> [..., I+1]."""
+        """Scores of all items for hidden states of any leading shape, on the last stage: [..., H] -> [..., I+1].
+
+        On a tensor axis: of the items this rank holds, [..., rows]. Losses and rankings do not need all scores at once:
+        they take `head` and `head_input`.
+        """
+        return self.builder.logits(hidden, self._tail(), self.training)
+
+    def head(self) -> HeadShard:
+        """This rank's rows of the item head, on the last stage."""
+        return self.builder.head(self._tail())
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the item rows are multiplied with: the hidden states, or HF's transform of them. [..., H] -> [..., E]."""
+        return self.builder.head_input(hidden, self._tail(), self.training)
+
+    def _tail(self) -> list[PipelineLayer]:
         assert self.is_last_stage, f"the head lives on the last stage, this is stage {self.stage_id}"
         tail = [m for m in self.forward_funcs[-self.builder.tail() :] if isinstance(m, PipelineLayer)]
         if TIED_KEY in self.tied_modules:
             tail.append(self.tied_modules[TIED_KEY])
-        return self.builder.logits(hidden, tail, self.training)
+        return tail
 
 
 def keep_tail(parts: list[int], tail: int) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_recsys.errors import UserError
+from ds_recsys.models.head_form import HeadForm, probe_head
 from ds_recsys.models.replay import Call, with_hidden
 from ds_recsys.models.unsupported import refuse
 
@@ -22,13 +23,13 @@ CPU = torch.device("cpu")
 
 
 def probe(skeleton: "Skeleton") -> None:
-    """Fill in what the skeleton must know of its model (`wrap`, `trunk_name`, `canned`, `owner`, `glue`), or raise
+    """Fill in what the skeleton must know of its model (`wrap`, `trunk_name`, `canned`, `owner`, `glue`, `head_form`), or raise
     `UserError`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            for check in (_find_return_style, _check_arguments, _assign_parameters):
+            for check in (_find_return_style, _check_arguments, _assign_parameters, _find_head_form):
                 check(skeleton)
         except UserError:
             raise
@@ -172,7 +173,8 @@ def _assign_parameters(skeleton: "Skeleton") -> None:
     )
     if out.dim() != 3:
         _fail(skeleton, f"last_hidden_state has shape {tuple(out.shape)}")
-    _use_head(skeleton, out.shape[-1])
+    skeleton.hidden_width = out.shape[-1]
+    _use_head(skeleton, skeleton.hidden_width)
     skeleton.tied = skeleton.owner.get(skeleton.table_name) == "head"
     if skeleton.table_name in skeleton.owner and not skeleton.tied:
         _fail(skeleton, "the token table is read elsewhere than in the embedding and the head")
@@ -209,6 +211,13 @@ def _use_head(skeleton: "Skeleton", width: int) -> None:
             holder[key] = buffer
         skeleton.buffer_device = CPU
     _own(skeleton, "head", leaves, out)
+
+
+def _find_head_form(skeleton: "Skeleton") -> None:
+    form = probe_head(skeleton)
+    if not isinstance(form, HeadForm):
+        _fail(skeleton, form)
+    skeleton.head_form = form
 
 
 def _own(skeleton: "Skeleton", where: int | str, leaves: dict[str, Tensor], out: Tensor) -> None:

@@ -9,7 +9,8 @@ another stage are replaced by constants of the right shape that take no memory. 
 * `boundary(i, hidden, params)`: what HF computes between layer i-1 and layer i (0: embedding -> layer 0, n: last
 layer ->
   `last_hidden_state`), differentiable in `hidden` and `params`;
-* `logits(hidden, params)`: what the causal LM does to `last_hidden_state`.
+* `logits(hidden, params)`: what the causal LM does to `last_hidden_state`;
+* `head_input(hidden, params)`, `head_output(products)`: the parts of that before and after the item table.
 
 `probe.py` checks at construction that the model can be cut this way. Layers are cut out by `models.layers`.
 """
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ds_recsys.errors import UserError
+from ds_recsys.models.head_form import HeadForm
 from ds_recsys.models.probe import probe
 from ds_recsys.models.replay import Call, Done, Replay
 
@@ -59,6 +61,8 @@ class Skeleton:
             str, int | str
         ] = {}  # outer parameter -> the boundary, or "head", that uses it; set by the probe
         self.tied = False  # the head reads the token table
+        self.hidden_width = 0  # of `last_hidden_state`; set by the probe
+        self.head_form = HeadForm()  # set by the probe
         self._cache: OrderedDict[tuple, list[Call]] = OrderedDict()
         self.buffer_device = torch.device("cpu")
         self._fills: dict[tuple, dict[str, Tensor]] = {}
@@ -75,6 +79,10 @@ class Skeleton:
         if not isinstance(getattr(self.embedding, "weight", None), Tensor):
             raise UserError(f"model type {name!r} has no single token embedding table to put items in")
         self.embedding_name = next(n for n, m in self.model.named_modules() if m is self.embedding)
+        self.head = self.model.get_output_embeddings()
+        if not isinstance(self.head, nn.Linear):
+            raise UserError(f"model type {name!r} has no single linear head to score items with")
+        self.head_name = next(n for n, m in self.model.named_modules() if m is self.head)
         lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
         towers = tuple(
             n + "."
@@ -138,6 +146,7 @@ class Skeleton:
         for index, block in enumerate(self.blocks):
             block.forward = self._stub("block", index)
         self.embedding.forward = self._stub("embed")
+        self.head.forward = self._stub("linear", self.head.forward)
         self._accepts_use_cache = "use_cache" in inspect.signature(self.model.forward).parameters
         for name in self.trunk_names:
             module = self.model.get_submodule(name)
@@ -214,13 +223,14 @@ class Skeleton:
         self, batch: int, length: int, dtype: torch.dtype, device: torch.device, training: bool, *,
         embedded: Tensor | None = None, ids: Tensor | None = None, params: Mapping[str, Tensor] | None = None,
     ) -> Replay:  # fmt: skip
-        """One whole replay; `embedded` [B, S, E], `ids` [B, S] and `params` may be anything: no argument depends on
-        them.
+        """One replay up to `last_hidden_state`: the scores of a large catalogue would fill the memory.
+
+        `embedded` [B, S, E], `ids` [B, S] and `params` may be anything: no argument depends on them.
         """
         ids = torch.ones(batch, length, dtype=torch.int64, device=device) if ids is None else ids
         if embedded is None:
             embedded = torch.zeros(batch, length, self.embedding.weight.shape[1], dtype=dtype, device=device)
-        replay = Replay(self, {"embed": embedded})
+        replay = Replay(self, {"embed": embedded}, stop="trunk")
         self.run(replay, ids, self.fill(dtype, device) if params is None else params, training)
         return replay
 
@@ -244,9 +254,26 @@ class Skeleton:
 
     def logits(self, hidden: Tensor, params: Mapping[str, Tensor], training: bool) -> Tensor:
         """HF's causal LM head on `last_hidden_state` of any leading shape: [..., H] -> [..., V]."""
+        return self._run_head(hidden, params, training)
+
+    def head_input(self, hidden: Tensor, params: Mapping[str, Tensor], training: bool) -> Tensor:
+        """What the item table is multiplied with: `last_hidden_state`, or HF's transform of it. [..., H] -> [..., E]."""
+        return self._run_head(hidden, params, training, stop="linear")
+
+    def head_output(self, products: Tensor) -> Tensor:
+        """What HF makes of the products with the item table: [..., V] -> [..., V], any V."""
+        hidden = products.new_zeros(*products.shape[:-1], self.hidden_width)
+        return self._run_head(hidden, {}, False, linear=products)
+
+    def _run_head(self, hidden: Tensor, params: Mapping[str, Tensor], training: bool, stop=None, linear=None) -> Any:
+        shape = hidden.shape[:-1]
         rows = hidden.reshape(1, -1, hidden.shape[-1])
         ids = torch.ones(rows.shape[:2], dtype=torch.int64, device=hidden.device)
+        inject = {"trunk": rows}
+        if linear is not None:
+            inject["linear"] = linear.reshape(1, -1, linear.shape[-1])
         every = {**self.fill(hidden.dtype, hidden.device), **params}
-        out = self.run(Replay(self, {"trunk": rows}), ids, every, training)
-        logits = out[0] if isinstance(out, tuple) else out.logits
-        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+        out = self.run(Replay(self, inject, stop), ids, every, training)
+        if not isinstance(out, Tensor):
+            out = out[0] if isinstance(out, tuple) else out.logits
+        return out.reshape(*shape, out.shape[-1])

@@ -9,11 +9,15 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from ds_recsys.head.shard import HeadShard, rows_of
 from ds_recsys.models.initialise import fill_layer
 from ds_recsys.models.layers import Block, Epilogue, Head, ItemTable, PipelineLayer, Prologue, pass_hidden
+from ds_recsys.models.shards import Shard
 from ds_recsys.models.skeleton import Skeleton
+from ds_recsys.models.tensor.plan import BlockPlan, plan_block
 from ds_recsys.models.unsupported import check_supported
 from ds_recsys.models.weights import Weights
+from ds_recsys.topology import ALONE, TensorAxis
 
 TIED_KEY = "item_table"
 
@@ -29,25 +33,42 @@ class ModelBuilder:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         embedding_dropout: float = 0.0,
+        tensor: TensorAxis = ALONE,
+        sequence_parallel: bool = False,
+        cosine_scale: float | None = None,
+        sparse_table: bool = False,
     ):
         check_supported(config.model_type)
         self.embedding_dropout = embedding_dropout
+        self.tensor, self._sequence_parallel = tensor, sequence_parallel
+        self.cosine_scale, self.sparse_table = cosine_scale, sparse_table
         self.config, self.weights, self.seed, self.dtype = config, weights, seed, dtype
         self._skeleton: Skeleton | None = None
         self._source = None
+        self._plans: dict[tuple[int, int], BlockPlan] = {}
+        self._shapes: dict[str, tuple[int, ...]] | None = None
         self.initialised: set[str] = set()  # HF names that the weights did not provide, of the layers built here
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_skeleton": None, "_source": None}
+        return {**self.__dict__, "_skeleton": None, "_source": None, "_plans": {}, "_shapes": None}
 
     def __repr__(self) -> str:
         return f"ModelBuilder({self.config.model_type})"
+
+    def set_tensor_axis(self, axis: TensorAxis) -> None:
+        """Build this rank's parts from now on; before any layer is built."""
+        self.tensor = axis
+        self._plans = {}
 
     @property
     def skeleton(self) -> Skeleton:
         if self._skeleton is None:
             self._skeleton = Skeleton(self.config)
         return self._skeleton
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self._sequence_parallel and self.tensor.size > 1
 
     @property
     def source(self):
@@ -57,8 +78,39 @@ class ModelBuilder:
         return self._source
 
     def fill(self, layer: PipelineLayer) -> None:
-        """Give the meta parameters of a new layer their values."""
-        self.initialised |= set(fill_layer(layer, self.skeleton, self.source, self.seed, self.dtype))
+        """Give the meta parameters of a new layer their values: of this rank's parts on a tensor axis."""
+        missing = fill_layer(layer, self.skeleton, self.source, self.seed, self.dtype, self.shards(), self.tensor.rank)
+        self.initialised |= set(missing)
+
+    def block_plan(self, index: int, size: int | None = None) -> BlockPlan:
+        """How decoder layer `index` is shared out over `size` tensor ranks (None: this model's)."""
+        key = (index, size or self.tensor.size)
+        if key not in self._plans:
+            options = {"sequence_parallel": True} if self.sequence_parallel else {}
+            self._plans[key] = plan_block(self.skeleton, *key, **options)
+        return self._plans[key]
+
+    def shards(self, size: int | None = None) -> dict[str, Shard]:
+        """HF name -> the parts of each of `size` tensor ranks (None: this model's); other parameters are held whole."""
+        size = size or self.tensor.size
+        if size == 1:
+            return {}
+        skeleton = self.skeleton
+        form, shards = skeleton.head_form, {}
+        for name in (skeleton.table_name, form.weight, form.bias):
+            if name is not None:
+                rows = skeleton.outer[name].shape[0]
+                shards[name] = Shard(0, tuple((rows_of(rows, size, rank),) for rank in range(size)))
+        for index in range(len(skeleton.blocks)):
+            plan, block = self.block_plan(index, size), skeleton.block_name(index)
+            shards |= {f"{block}.{name}": shard for name, shard in plan.shards.items()}
+        return shards
+
+    def full_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the parameter or buffer with that HF name, on any grid."""
+        if self._shapes is None:
+            self._shapes = {n: tuple(t.shape) for n, t in self.skeleton.model.state_dict(keep_vars=True).items()}
+        return self._shapes[name]
 
     def specs(self) -> list[LayerSpec | TiedLayerSpec]:
         """Embedding, prologue, decoder layers, epilogue, head; the entries that would do nothing are left out."""
@@ -105,23 +157,54 @@ class ModelBuilder:
         """How many entries at the end of the list must share the last stage: `logits` reads their parameters."""
         return 2 if self.skeleton.tied and len(self.skeleton.owned("head")) > 1 else 1
 
-    def logits(self, hidden: Tensor, layers: list[nn.Module], training: bool) -> Tensor:
-        """HF's head on `last_hidden_state` [..., H] -> [..., I+1], with the parameters found in `layers`."""
+    def head_parameters(self, layers: list[nn.Module]) -> dict[str, nn.Parameter]:
+        """HF name -> parameter of the head, found in `layers`."""
         names = set(self.skeleton.owned("head"))
         params = {n: p for layer in layers for n, p in layer.named_parameters() if n in names}
         assert names == set(params), f"the head needs {sorted(names - set(params))}, which live on another stage"
-        return self.skeleton.logits(hidden, params, training)
+        return params
+
+    def logits(self, hidden: Tensor, layers: list[nn.Module], training: bool) -> Tensor:
+        """HF's head on `last_hidden_state` [..., H] -> [..., I+1], or this tensor rank's columns of it."""
+        return self.skeleton.logits(hidden, self.head_parameters(layers), training)
+
+    def head_input(self, hidden: Tensor, layers: list[nn.Module], training: bool) -> Tensor:
+        """What HF's head multiplies with the item table: [..., H] -> [..., E]."""
+        if not self.skeleton.head_form.transform:
+            return hidden
+        return self.skeleton.head_input(hidden, self.head_parameters(layers), training)
+
+    def head(self, layers: list[nn.Module]) -> HeadShard:
+        """The rows of the item head in `layers`, as the losses and the ranking read them."""
+        form, params = self.skeleton.head_form, self.head_parameters(layers)
+        num_rows = self.skeleton.outer[form.weight].shape[0]
+        return HeadShard(
+            params[form.weight],
+            num_rows,
+            first_row=rows_of(num_rows, self.tensor.size, self.tensor.rank)[0],
+            bias=None if form.bias is None else params[form.bias],
+            scale=form.scale if self.cosine_scale is None else self.cosine_scale,
+            softcap=form.softcap,
+            cosine=self.cosine_scale is not None,
+            axis=self.tensor,
+        )
 
 
 def to_layer_specs(
-    config: PreTrainedConfig, weights: Weights | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    config: PreTrainedConfig,
+    weights: Weights | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tensor: TensorAxis = ALONE,
 ) -> list[LayerSpec | TiedLayerSpec]:
     """The pipeline of a causal LM as DeepSpeed LayerSpecs: embedding, prologue, blocks, epilogue, head.
 
-    Building a spec makes only that layer: its slices of `weights`, or values that depend on (`seed`, HF name) alone.
+    Building a spec makes only that layer, or this rank's part of it on the `tensor` axis: slices of `weights`, or values
+    that depend on (`seed`, HF name) alone.
     The last layer returns hidden states; `ModelBuilder.logits` or `RecommenderPipe.logits` turns them into scores.
 
     Raises:
         UserError: the model type cannot be cut into stages (the reason is named).
     """
-    return ModelBuilder(config, weights, seed=seed, dtype=dtype).specs()
+    return ModelBuilder(config, weights, seed=seed, dtype=dtype, tensor=tensor).specs()

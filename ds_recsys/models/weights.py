@@ -8,15 +8,18 @@ asked for.
 import copy
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from ds_recsys.errors import UserError
 from ds_recsys.models import hf_private
+from ds_recsys.models.shards import Shard
 
 if TYPE_CHECKING:
     from ds_recsys.models.skeleton import Skeleton
@@ -56,6 +59,15 @@ class Weights:
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    def read_part(self, name: str, part: tuple[Shard, int]) -> tuple[list[int], Tensor]:
+        """(shape of the whole tensor, the part of one tensor rank); nothing else is read."""
+        shard, rank = part
+        with safe_open(self.files[name], framework="pt") as file:
+            stored = file.get_slice(name)
+            before = (slice(None),) * shard.dim
+            pieces = [stored[(*before, slice(start, stop))] for start, stop in shard.ranges[rank]]
+            return stored.get_shape(), torch.cat(pieces, shard.dim)
+
     def with_item_table(self, path: str | os.PathLike) -> "Weights":
         """The same weights with the item embedding taken from `path` (see `titles.title_embeddings`)."""
         other = copy.copy(self)
@@ -81,8 +93,15 @@ class Source:
         heads = {n for n in skeleton.owned("head") if skeleton.outer[n].shape[:1] == (vocab,)}
         self.item_names = {skeleton.table_name} | heads
 
-    def get(self, name: str, shape: tuple[int, ...], optional: bool = False) -> Tensor | None:
+    def get(
+        self, name: str, shape: tuple[int, ...], optional: bool = False, part: tuple[Shard, int] | None = None
+    ) -> Tensor | None:
         """The tensor for parameter `name`; None where it is to be initialised: the item table and the head's item rows.
+
+        Args:
+            shape: of the whole parameter.
+            optional: None also where the checkpoint lacks it.
+            part: (shard, rank) to get only that rank's part.
 
         Raises:
             UserError: the checkpoint lacks it or has another shape.
@@ -96,14 +115,21 @@ class Source:
             if optional:
                 return None
             raise UserError(f"{self.weights.folder}: the checkpoint has no {name!r}; it does not belong to this config")
+        elif part and self.plan[name].converter is None:
+            found, value = self.weights.read_part(self.plan[name].sources[0][0], part)
+            self._check_shape(name, found, shape)
+            return value
         else:
             value = self.plan[name].load(self.weights.read)
-        if tuple(value.shape) != shape:
+        self._check_shape(name, value.shape, shape)
+        return value if part is None else part[0].take(value, part[1])
+
+    def _check_shape(self, name: str, found: Sequence[int], wanted: tuple[int, ...]) -> None:
+        if tuple(found) != wanted:
             raise UserError(
-                f"{self.weights.folder}: {name!r} has shape {tuple(value.shape)}, the config needs {shape}; "
+                f"{self.weights.folder}: {name!r} has shape {tuple(found)}, the config needs {wanted}; "
                 "take the config from the checkpoint and change only the number of layers"
             )
-        return value
 
 
 def _files(folder: Path) -> dict[str, str]:

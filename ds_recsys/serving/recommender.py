@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import torch
+from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM
 
 from ds_recsys.errors import UserError
@@ -46,6 +47,8 @@ class Recommender:
             )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+        if model.config.recsys.get("cosine_scale"):
+            _score_by_cosine(model, model.config.recsys["cosine_scale"])
         catalogue = pyarrow.parquet.read_table(folder / "items.parquet").to_pydict()
         items = [str(item) for item in catalogue["id"]]
         return cls(model, items, catalogue.get("title"), model.config.recsys["max_length"])
@@ -73,3 +76,11 @@ class Recommender:
 
     def _recommendation(self, index: int, score: float) -> Recommendation:
         return Recommendation(self.items[index - 1], self.titles[index - 1] if self.titles else None, score)
+
+
+@torch.no_grad()
+def _score_by_cosine(model, scale: float) -> None:
+    """Replace the head's dot product by `scale` times the cosine, as the model was trained."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(scale * normalize(head.weight, dim=-1))  # no longer tied to the embedding
+    head.register_forward_pre_hook(lambda _, inputs: (normalize(inputs[0], dim=-1), *inputs[1:]))
