@@ -7,9 +7,7 @@ from ds_recsys.config.schema import Head
 from ds_recsys.head.linear_cross_entropy import linear_cross_entropy
 from ds_recsys.head.negatives import InBatchNegatives, PopularityNegatives, UniformNegatives
 from ds_recsys.head.sampled_softmax import gbce, sampled_cross_entropy
-from ds_recsys.head.shard import HeadShard
-
-IGNORE = -100  # label of a position that is not supervised, as in torch's cross_entropy
+from ds_recsys.head.shard import IGNORE, HeadShard
 
 
 class NextItemLoss:
@@ -23,9 +21,9 @@ class NextItemLoss:
     loss and the same gradient of the hidden states.
     """
 
-    def __init__(self, pipe, label_smoothing: float = 0.0):
-        self.pipe = pipe
-        self.label_smoothing = label_smoothing
+    def __init__(self, pipe, label_smoothing: float = 0.0, options: Head | None = None):
+        self.pipe, self.label_smoothing = pipe, label_smoothing
+        self.options = options or Head()
 
     def __call__(self, hidden: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         """hidden [B, S, H]; labels = (item indices int64 [B, S] with -100 to ignore, scale 0-d) -> loss 0-d, fp32."""
@@ -36,7 +34,15 @@ class NextItemLoss:
 
     def sum(self, states: Tensor, targets: Tensor) -> Tensor:
         """states [N, H], targets int64 [N] -> sum of the losses of N positions."""
-        return linear_cross_entropy(states, targets, self.pipe.head(), label_smoothing=self.label_smoothing)
+        dtype = self.options.compute_dtype
+        return linear_cross_entropy(
+            states,
+            targets,
+            self.pipe.head(),
+            label_smoothing=self.label_smoothing,
+            compute_dtype=dtype and getattr(torch, dtype),
+            kernel=self.options.kernel,
+        )
 
 
 class SampledLoss(NextItemLoss):
@@ -51,9 +57,8 @@ class SampledLoss(NextItemLoss):
     """
 
     def __init__(self, pipe, options: Head, counts: Tensor):
-        super().__init__(pipe)
-        self.options, self.counts = options, counts
-        self._sampler = None
+        super().__init__(pipe, options=options)
+        self.counts, self._sampler = counts, None
 
     def sum(self, states: Tensor, targets: Tensor) -> Tensor:
         head, options = self.pipe.head(), self.options
@@ -83,4 +88,6 @@ class SampledLoss(NextItemLoss):
 
 def next_item_loss(pipe, options: Head, label_smoothing: float, counts: Tensor) -> NextItemLoss:
     """The loss that the "head" block asks for; arguments as in the classes."""
-    return NextItemLoss(pipe, label_smoothing) if options.loss == "full" else SampledLoss(pipe, options, counts)
+    if options.loss == "full":
+        return NextItemLoss(pipe, label_smoothing, options)
+    return SampledLoss(pipe, options, counts)

@@ -67,6 +67,7 @@ def test_row_sparse_gradients_where_deepspeed_lets_them_be():
 def test_head_options_that_do_not_fit():
     refused(lambda: load_config(block(head={"negatives": 7})), "negatives", '"full"')
     refused(lambda: load_config(block(head={"sparse_gradients": True})), "sparse_gradients", '"sampled"')
+    refused(lambda: load_config(block(head={"loss": "sampled", "kernel": "auto"})), "kernel", '"sampled"')
     values = block(head={"loss": "gbce"}, training={"label_smoothing": 0.1})
     refused(lambda: resolved(values), '"recsys.training.label_smoothing"', '"gbce"')
 

@@ -22,9 +22,9 @@ def _environment(tmp_path):
     return {**environment, "PATH": f"{_BIN}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
-def _start(tmp_path, launcher, *arguments):
+def _start(tmp_path, command):
     return subprocess.Popen(
-        [*launcher, str(_ROOT / "launch/train.py"), *map(str, arguments)],
+        [*map(str, command)],
         env=_environment(tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -34,7 +34,11 @@ def _start(tmp_path, launcher, *arguments):
 
 
 def _run(tmp_path, launcher, *arguments, expect=0):
-    process = _start(tmp_path, launcher, *arguments)
+    return _run_script(tmp_path, [*launcher, str(_ROOT / "launch/train.py"), *arguments], expect)
+
+
+def _run_script(tmp_path, command, expect=0):
+    process = _start(tmp_path, command)
     try:
         output, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
@@ -79,7 +83,8 @@ def test_report_of_a_whole_run(unbroken):
 
 def test_killed_rank_then_resume_gives_the_same_losses(unbroken):
     folder, arguments, _ = unbroken
-    process = _start(folder, _deepspeed(4), *arguments, "--run_dir", folder / "broken")
+    script = [*_deepspeed(4), _ROOT / "launch/train.py"]
+    process = _start(folder, [*script, *arguments, "--run_dir", folder / "broken"])
     pids, log = [], folder / "broken" / "log.jsonl"
     for line in process.stdout:
         pids += map(int, re.findall(r"process (\d+) spawned", line))
@@ -104,11 +109,53 @@ def test_resume_with_nothing_to_resume_is_an_error(unbroken):
     assert "error: " in output and "no checkpoint to resume" in output and "Traceback" not in output
 
 
-def test_resume_on_another_grid_is_refused(unbroken):
+def test_resume_with_another_batch_is_refused(unbroken):
     folder, arguments, _ = unbroken
-    more = ["--set", "recsys.pipe=1", "--run_dir", folder / "whole", "--resume"]
-    output = _run(folder, _deepspeed(2), *arguments, *more, expect=2)
-    assert "pipe 2 x data 2" in output and "pipe 1 x data 2" in output and "Traceback" not in output
+    more = ["--set", "train_batch_size=32", "--run_dir", folder / "whole", "--resume"]
+    output = _run(folder, _deepspeed(4), *arguments, *more, expect=2)
+    assert "train_batch_size 16" in output and "train_batch_size 32" in output and "Traceback" not in output
+
+
+def test_a_tensor_parallel_run_goes_on_and_is_evaluated_on_other_grids(unbroken):
+    """Trained on pipe 2 x tensor 2, resumed on data 2, evaluated on tensor 2, exported from both checkpoints."""
+    from ds_recsys import Recommender
+
+    folder, arguments, _ = unbroken
+    run = folder / "tensor"
+    arguments = [*arguments, "--set", "recsys.checkpoint.keep_last=null"]
+    grid = ["--set", "recsys.tensor=2", "--set", "recsys.training.epochs=2"]
+    _run(folder, _deepspeed(4), *arguments, "--run_dir", run, *grid)
+    steps = len(_losses(run))
+    _run(folder, _deepspeed(2), *arguments, "--run_dir", run, "--set", "recsys.pipe=1", "--resume")
+    losses = _losses(run)
+    assert len(losses) == 2 * steps and losses[2 * steps] < losses[1]
+    output = _run_script(
+        folder,
+        [
+            *_deepspeed(2),
+            str(_ROOT / "launch/evaluate.py"),
+            run / "export",
+            *arguments[:4],
+            "--json",
+            folder / "figures",
+        ]
+        + ["--set", "recsys.pipe=1", "--set", "recsys.tensor=2", "--set", "recsys.model.config=null"],
+    )
+    assert "NDCG@10" in output
+    figures, trained = json.loads((folder / "figures").read_text()), json.loads((run / "metrics.json").read_text())
+    assert figures["NDCG@10"] == pytest.approx(trained["trained"]["NDCG@10"], abs=1e-6)
+    for tag in (f"step_{steps:08d}", f"step_{2 * steps:08d}"):
+        _run_script(folder, [sys.executable, _ROOT / "launch/export.py", run, folder / tag, "--checkpoint", tag])
+        assert Recommender.from_pretrained(folder / tag).recommend(["i3", "i4"], k=3)
+
+
+def test_a_model_without_tensor_plan_is_one_line(unbroken):
+    folder, arguments, _ = unbroken
+    model = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    more = ["--set", "recsys.pipe=1", "--set", "recsys.tensor=2", "--set", f"recsys.model.config={json.dumps(model)}"]
+    output = _run(folder, _deepspeed(2), *arguments, "--run_dir", folder / "mamba", *more, expect=2)
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "mamba" in lines[0] and "tensor" in lines[0] and "Traceback" not in output
 
 
 def test_export_loads_and_recommends(unbroken):

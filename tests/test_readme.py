@@ -5,6 +5,9 @@ import subprocess
 from pathlib import Path
 
 from ds_recsys.config import reference_markdown
+from ds_recsys.models.hf_private import CAUSAL_LM_CLASSES
+from ds_recsys.models.tensor.families import UNSHARDED
+from ds_recsys.models.unsupported import UNSUPPORTED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,6 +27,11 @@ def test_every_file_is_listed():
             assert re.search(rf"\b{path.stem}\b", listing), path
     for path in re.findall(r"^(\S+\.(?:py|sh|json)) ", listing, flags=re.MULTILINE):
         assert (ROOT / path).exists(), path
+
+
+def test_types_on_a_tensor_axis_are_listed():
+    listed = set(re.findall(r"`([\w.-]+)`", README.split("<!-- tensor-types -->")[1]))
+    assert listed == CAUSAL_LM_CLASSES.keys() - UNSUPPORTED.keys() - UNSHARDED.keys()
 
 
 def test_no_placeholder_is_left():

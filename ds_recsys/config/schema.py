@@ -186,6 +186,14 @@ class Head(Block):
         gt=0,
         description="Scores are this times the cosine of history and item; null: the model's own dot product.",
     )
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="`full` only: type of the operands of its matrix products; sums stay fp32. Null: the model's."
+    )
+    kernel: Literal["torch", "auto", "liger", "cce"] = Field(
+        "torch",
+        description="`full` only, on one CUDA device per table: `liger` (Liger-Kernel) or `cce` (cut-cross-entropy) in place "
+        'of our own; `"auto"` takes what is installed and fits.',
+    )
     sparse_gradients: bool | Auto = Field(
         "auto",
         description="Gradients of the item table as rows, with an optimizer that touches only those; `sampled` and `gbce` "
@@ -198,6 +206,8 @@ class Head(Block):
         given = [name for name in sampled if getattr(self, name) != type(self).model_fields[name].default]
         if self.loss == "full" and given:
             raise ValueError(f'{", ".join(given)} has no meaning with loss "full"; choose "sampled" or "gbce"')
+        if self.loss != "full" and (self.kernel != "torch" or self.compute_dtype):
+            raise ValueError(f'kernel and compute_dtype have no meaning with loss "{self.loss}"; remove them')
         if self.loss == "full" and self.sparse_gradients is True:
             raise ValueError('sparse_gradients true needs loss "sampled" or "gbce": the full softmax touches every row')
         return self

@@ -13,10 +13,8 @@ from ds_recsys.head.blocks import LOG2E, Blocks, Exponentials
 from ds_recsys.head.gemm import accumulate, product
 from ds_recsys.head.kernels import choose, summed_loss
 from ds_recsys.head.reductions import combine
-from ds_recsys.head.shard import HeadShard
+from ds_recsys.head.shard import IGNORE, HeadShard
 from ds_recsys.topology import TensorAxis
-
-IGNORE = -100  # as in torch's cross_entropy
 
 
 def linear_cross_entropy(

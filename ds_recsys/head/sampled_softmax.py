@@ -12,11 +12,9 @@ from torch import Tensor
 
 from ds_recsys.head.negatives import Negatives
 from ds_recsys.head.reductions import combine
-from ds_recsys.head.shard import HeadShard
+from ds_recsys.head.shard import IGNORE, HeadShard
 from ds_recsys.regions import copy_to_region, reduce_from_region
 from ds_recsys.topology import TensorAxis
-
-IGNORE = -100
 
 
 def sampled_cross_entropy(

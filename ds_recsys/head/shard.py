@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_recsys.topology import TensorAxis
+from ds_recsys.topology import ALONE, TensorAxis
+
+IGNORE = -100  # target of a position that is not supervised, as in torch's cross_entropy
 
 
 def rows_of(num_rows: int, size: int, rank: int) -> tuple[int, int]:
@@ -37,7 +39,7 @@ class HeadShard:
     scale: float = 1.0
     softcap: float | None = None
     cosine: bool = False
-    axis: TensorAxis = TensorAxis()
+    axis: TensorAxis = ALONE
 
     def local(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """items, int64 of any shape -> (rows of this shard, 0 for others' items; whether the item is in this shard)."""
