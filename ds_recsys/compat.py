@@ -6,9 +6,13 @@ overrides are in models/pipeline.py, watched by tests/test_models_private.py.
 
 import contextlib
 import types
+import warnings
 
 import torch
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.utils import is_model_parallel_parameter
+
+from ds_recsys.head.row_sparse import all_reduce_rows
 
 
 def skip_compiled_collectives() -> None:
@@ -19,6 +23,12 @@ def skip_compiled_collectives() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def silence_deepspeed() -> None:
+    """Two warnings of torch about what DeepSpeed 0.19 does on a tensor axis and with row-sparse gradients, at every rank."""
+    for message in (".*all_gather_into_tensor. is deprecated", "Sparse invariant checks are implicitly disabled"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def clip_tied_weights_once(engine) -> None:
@@ -47,6 +57,19 @@ def clip_tied_weights_once(engine) -> None:
             _dense(parameter.grad).mul_(factor)
 
     engine.clip_fp32_gradients = types.MethodType(clip_fp32_gradients, engine)
+
+
+def reduce_tied_rows(engine) -> None:
+    """Sum the row-sparse gradients of tied tables over their stages as rows.
+
+    DeepSpeed hands them to an all-reduce, which gloo has for sparse tensors and NCCL has not.
+    """
+
+    def reduce_tied_gradients(self):
+        for weight, group in self.module.get_tied_weights_and_groups():
+            weight.grad = all_reduce_rows(weight.grad, group)
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.ReduceTiedGrads: reduce_tied_gradients}
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

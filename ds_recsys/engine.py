@@ -53,6 +53,7 @@ def pipeline_engine(pipe, config: dict):
     Weight decay spares biases and norms, as in Hugging Face's Trainer, and gradient clipping is exact for tied weights. A
     pipe with a `sparse_table` gets an Adam that updates the rows of the table that the gradient names.
     """
+    compat.silence_deepspeed()
     trainable = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
     params = config["optimizer"]["params"]
     parameters = _groups(trainable) if params.get("weight_decay") != 0 else trainable
@@ -64,6 +65,8 @@ def pipeline_engine(pipe, config: dict):
         parameters = None
     engine = deepspeed.initialize(model=pipe, optimizer=optimizer, model_parameters=parameters, config=config)[0]
     compat.clip_tied_weights_once(engine)
+    if pipe.sparse_table:
+        compat.reduce_tied_rows(engine)
     return engine
 
 

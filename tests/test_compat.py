@@ -6,6 +6,7 @@ import deepspeed
 import pytest
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.utils import clip_grad_norm_
 
 import ds_recsys.compat
 
@@ -27,6 +28,19 @@ import ds_recsys.compat
         ),
         (PipelineEngine._exec_send_activations, "PipelineEngine._exec_send_activations", ["self.dynamic_shape"]),
         (PipelineEngine.eval_batch, "PipelineEngine.eval_batch", ["reduce_output", "self.monitor.enabled"]),
+        (
+            PipelineEngine._exec_schedule,
+            "PipelineEngine._exec_schedule",
+            ["self._INSTRUCTION_MAP[type(cmd)]", "self._exec_instr = MethodType("],
+        ),
+        (
+            PipelineEngine._exec_reduce_tied_grads,
+            "PipelineEngine._exec_reduce_tied_grads",
+            ["self.module.get_tied_weights_and_groups()"],
+        ),
+        (PipelineEngine._exec_recv_activations, "PipelineEngine._exec_recv_activations", ["self.is_pipe_partitioned"]),
+        (PipelineModule.__init__, "PipelineModule.__init__", ["self._grid = PipelineParallelGrid(", "self._build()"]),
+        (clip_grad_norm_, "deepspeed.runtime.utils.clip_grad_norm_", ["is_model_parallel_parameter(p)"]),
         (PipelineEngine.reset_activation_shape, "PipelineEngine.reset_activation_shape", ["self.first_output_send"]),
     ],
 )

@@ -17,14 +17,14 @@ _ADAM = {"type": "AdamW", "params": {"lr": 2e-3, "weight_decay": 0.0, "torch_ada
 _SGD = {"type": "SGD", "params": {"lr": 1.0}}  # one step of it moves each weight by exactly its gradient
 
 
-def _model_config(tie):
+def _model_config(tie, key_value_heads=2):
     base = AutoConfig.for_model(
         "llama",
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=key_value_heads,
         initializer_range=0.1,  # at 0.02 some gradients are mere rounding noise, which Adam blows up to full steps
     )
     return recommender_config(base, _ITEMS, tie=tie)
@@ -39,9 +39,11 @@ def _global_batch(step):
     return ids[:, :-1].masked_fill(padding, 0), ids[:, 1:].masked_fill(padding, IGNORE)
 
 
-def _train(grid, stage, tie, optimizer, steps, clip=0.0, dtype="fp32", recompute=0):
+def _train(grid, stage, tie, optimizer, steps, clip=0.0, dtype="fp32", recompute=0, key_value_heads=2):
     """Losses and the final parameters of this stage, by Hugging Face name; first of all the logits of batch 0."""
-    pipe = RecommenderPipe(_model_config(tie), grid.deepspeed(), seed=_SEED, activation_checkpoint_interval=recompute)
+    pipe = RecommenderPipe(
+        _model_config(tie, key_value_heads), grid.deepspeed(), seed=_SEED, activation_checkpoint_interval=recompute
+    )
     pipe.loss_fn = NextItemLoss(pipe)
     micro = 2
     config = {
@@ -90,10 +92,10 @@ def _train_three_times(grid, stage, tie):
     )
 
 
-def _reference(tie, steps, optimizer, start, clip=None):
+def _reference(tie, steps, optimizer, start, clip=None, key_value_heads=2):
     """One plain Hugging Face model and torch optimizer on the whole global batch."""
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_config(_model_config(tie))
+    model = AutoModelForCausalLM.from_config(_model_config(tie, key_value_heads))
     missing, unexpected = model.load_state_dict(start, strict=False)
     assert not unexpected and set(missing) <= ({"lm_head.weight"} if tie else set())
     model.eval()
@@ -161,6 +163,16 @@ def test_fp32_equals_one_plain_process(grid, stage, tie):
     assert clipped[0]["losses"] == pytest.approx(reference["losses"], abs=1e-4)
     reference = _reference(tie, 20, lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.0), start)
     assert adam[0]["losses"] == pytest.approx(reference["losses"], abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_heads_that_ranks_share_count_once_in_the_norm(stage):
+    """One key-value head on two tensor ranks, which both hold it: 20 clipped steps of SGD."""
+    options = {"tie": True, "steps": 20, "clip": 0.1, "key_value_heads": 1}
+    results = run_on_grid(_train, 4, grid=Grid(2, 1, 2), stage=stage, optimizer=_SGD, **options)
+    start = _gather(results, "before")
+    reference = _reference(optimizer=lambda p: torch.optim.SGD(p, lr=1.0), start=start, **options)
+    assert results[0]["losses"] == pytest.approx(reference["losses"], abs=1e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -176,7 +176,7 @@ class Head(Block):
         "`popularity_power`), or the targets of the same micro-batch.",
     )
     popularity_power: float = Field(
-        0.75, ge=0, le=1, description="`popularity` only; 0 is uniform, 1 as often as seen."
+        0.75, ge=0, le=2, description="`popularity` only; 0 is uniform, 1 as often as seen, more favours the popular."
     )
     calibration: float = Field(
         0.75, ge=0, le=1, description="`gbce` only: 0 is binary cross-entropy, 1 makes scores calibrated (gSASRec's t)."

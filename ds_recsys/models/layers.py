@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from ds_recsys.head.row_sparse import own_gradient
-from ds_recsys.models.tensor.rng import RegionRandom
 from ds_recsys.regions import gather_from_region, reduce_from_region, split_sequence
 
 if TYPE_CHECKING:
@@ -127,13 +126,7 @@ class Block(PipelineLayer):
             hidden = split_sequence(hidden, axis)
         batch, length, _ = hidden.shape
         call = skeleton.arguments(hidden.new_empty(batch, length * axis.size, 0), self.training)[self.index]
-        random = RegionRandom(axis.rank)  # other positions, so other dropout on every rank
-        if self.training:
-            random.enter(hidden.device)
-        try:
-            hidden = call.apply(self.get_submodule(self.module_names[0]), hidden).contiguous()
-        finally:
-            random.leave()
+        hidden = call.apply(self.get_submodule(self.module_names[0]), hidden).contiguous()
         if self.index == len(skeleton.blocks) - 1:
             hidden = gather_from_region(hidden, axis, [length] * axis.size, dim=1)
         return hidden

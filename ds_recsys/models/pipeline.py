@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ds_recsys.errors import UserError
-from ds_recsys.head.row_sparse import all_reduce_rows
 from ds_recsys.head.shard import HeadShard
 from ds_recsys.models.layers import Block, ItemTable, PipelineLayer
 from ds_recsys.models.specs import TIED_KEY, ModelBuilder
@@ -128,14 +127,6 @@ class RecommenderPipe(PipelineModule):
             torch.no_grad()
         ):  # DeepSpeed broadcasts parameters that require grad, which makes autograd warn in each run
             super()._synchronize_tied_weights()
-
-    def allreduce_tied_weight_gradients(self) -> None:
-        """Between the first and the last stage: as rows, where the table's gradient is rows."""
-        if not self.sparse_table:
-            super().allreduce_tied_weight_gradients()
-        elif TIED_KEY in self.tied_comms:
-            weight = self.tied_modules[TIED_KEY].get_parameter(self.builder.skeleton.table_name)
-            weight.grad = all_reduce_rows(weight.grad, self.tied_comms[TIED_KEY]["group"])
 
     def _is_checkpointable(self, funcs: list) -> bool:
         """Recompute decoder layers; never the item table, whose input has no gradient."""
