@@ -82,7 +82,9 @@ class SampledLoss(NextItemLoss):
         if options.sampling == "uniform":
             return UniformNegatives(head, min(options.negatives, head.num_rows - 1))
         if options.sampling == "popularity":
-            return PopularityNegatives(head, options.negatives, self.counts, options.popularity_power)
+            return PopularityNegatives(
+                head, options.negatives, self.counts, options.popularity_power, options.unseen_weight
+            )
         return InBatchNegatives(head, self.counts)
 
 
