@@ -96,9 +96,9 @@ def read_state(checkpoint: Path) -> dict:
 def check_identity(checkpoint: Path, saved: dict, wanted: dict) -> None:
     """Raise `UserError` unless a checkpoint of a run that was `saved` can go on as `wanted`."""
     for key, value in wanted.items():
-        if saved[key] != value:
+        if saved.get(key) != value:
             raise UserError(
-                f"{checkpoint}: saved with {key} {saved[key]}, this run has {key} {value}; make them equal, "
+                f"{checkpoint}: saved with {key} {saved.get(key)}, this run has {key} {value}; make them equal, "
                 "or start without --resume in another --run_dir"
             )
 

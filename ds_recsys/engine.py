@@ -6,6 +6,7 @@ import logging
 
 import deepspeed
 import torch
+from deepspeed.pipe import PipelineModule
 
 from ds_recsys import compat
 from ds_recsys.config import Config, load_config
@@ -43,7 +44,9 @@ def initialize(*args, **kwargs):
     idle = sorted(config.recsys.model_fields_set - {"pipe", "data", "tensor", "threads_per_rank"})
     if idle and torch.distributed.get_rank() == 0:
         logger.warning(f"{config.source}: recsys.{', '.join(idle)} has no effect here: ds_recsys.Trainer reads it")
-    config = config.resolve_for_engine(pipe=getattr(call.get("model"), "num_stages", 1))
+    model = call.get("model")
+    tensor = max(1, model.topology().get_dim("model")) if isinstance(model, PipelineModule) else 1
+    config = config.resolve_for_engine(pipe=getattr(model, "num_stages", 1), tensor=tensor)
     return deepspeed.initialize(**call, config=config.deepspeed)
 
 

@@ -85,6 +85,7 @@ class Trainer:
         self._identity = {
             "model": f"{model_config.model_type}, {model_config.num_hidden_layers} x {model_config.hidden_size}",
             "split": self.split.hash,
+            "catalogue": self.interactions.num_items,
             "seed": recsys.seed,
             "train_batch_size": values["train_batch_size"],
         }

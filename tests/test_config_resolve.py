@@ -123,6 +123,11 @@ def test_engine_of_the_user_keeps_its_config():
     refused(
         lambda: load_config(block(pipe=2)).resolve_for_engine(world_size=4, pipe=4), '"recsys.pipe" is 2', "4 stage"
     )
+    refused(
+        lambda: load_config(block(tensor=2)).resolve_for_engine(world_size=4, pipe=2), '"recsys.tensor" is 2', "1 rank"
+    )
+    two = load_config(block(tensor=2)).resolve_for_engine(world_size=4, pipe=2, tensor=2)
+    assert two.recsys.data == 1
     refused(lambda: load_config({"gradient_clipping": "auto"}).resolve_for_engine(world_size=1), '"gradient_clipping"')
 
 

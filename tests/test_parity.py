@@ -195,9 +195,10 @@ def test_bf16_stays_close(grid):
     assert results[0]["losses"] == pytest.approx(reference["losses"], rel=0.01)
 
 
-def test_recomputation_changes_nothing():
+@pytest.mark.parametrize("grid", [Grid(2), Grid(1, 1, 2)], ids=str)
+def test_recomputation_changes_nothing(grid):
     plain, again = (
-        run_on_grid(_train, 2, grid=Grid(2), stage=0, tie=True, optimizer=_ADAM, steps=3, recompute=interval)
+        run_on_grid(_train, 2, grid=grid, stage=0, tie=True, optimizer=_ADAM, steps=3, recompute=interval)
         for interval in (0, 1)
     )
     assert plain[0]["losses"] == again[0]["losses"]

@@ -91,19 +91,21 @@ class Config:
         return replace(self, recsys=recsys, resolved=resolved, _deepspeed=deepspeed)
 
     def resolve_for_engine(
-        self, *, world_size: int | None = None, local_world_size: int | None = None, pipe: int = 1
+        self, *, world_size: int | None = None, local_world_size: int | None = None, pipe: int = 1, tensor: int = 1
     ) -> "Config":
-        """The config for an engine around the user's own module of `pipe` stages (any ZeRO stage).
+        """The config for an engine around the user's own module of `pipe` stages and `tensor` ranks (any ZeRO stage).
 
         Only "auto" batch sizes and the block's grid are resolved; whatever DeepSpeed can read stays as it was given.
         Raises `UserError`, one line, both values named.
         """
-        if "pipe" in self.recsys.model_fields_set and self.recsys.pipe != pipe:
-            raise UserError(
-                f'{self.source}: "recsys.pipe" is {self.recsys.pipe}, the module has {pipe} stage(s); '
-                "change one of them, or leave pipe out"
-            )
-        recsys = self.recsys.model_copy(update={"pipe": pipe})
+        for key, size, what in (("pipe", pipe, "stage(s)"), ("tensor", tensor, "rank(s) on its tensor axis")):
+            given = getattr(self.recsys, key)
+            if key in self.recsys.model_fields_set and given != size:
+                raise UserError(
+                    f'{self.source}: "recsys.{key}" is {given}, the module has {size} {what}; '
+                    f"change one of them, or leave {key} out"
+                )
+        recsys = self.recsys.model_copy(update={"pipe": pipe, "tensor": tensor})
         world_size = world_size or resolve.ranks("WORLD_SIZE") or 1
         data = checks.check_grid(recsys, world_size, self.source)
         resolved = dict(self.resolved)
