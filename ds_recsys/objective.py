@@ -82,9 +82,7 @@ class SampledLoss(NextItemLoss):
         if options.sampling == "uniform":
             return UniformNegatives(head, min(options.negatives, head.num_rows - 1))
         if options.sampling == "popularity":
-            return PopularityNegatives(
-                head, options.negatives, self.counts, options.popularity_power, options.unseen_weight
-            )
+            return PopularityNegatives(head, options.negatives, self.counts, options.popularity_power)
         return InBatchNegatives(head, self.counts)
 
 

@@ -178,13 +178,6 @@ class Head(Block):
     popularity_power: float = Field(
         0.75, ge=0, le=2, description="`popularity` only; 0 is uniform, 1 as often as seen, more favours the popular."
     )
-    unseen_weight: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="`popularity` only: how often an item that never occurs in training is sampled, one that occurs once "
-        "being 1; less spares draws where most of the catalogue was never seen.",
-    )
     calibration: float = Field(
         0.75, ge=0, le=1, description="`gbce` only: 0 is binary cross-entropy, 1 makes scores calibrated (gSASRec's t)."
     )
@@ -209,7 +202,7 @@ class Head(Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Head":
-        sampled = ("negatives", "sampling", "popularity_power", "unseen_weight", "calibration")
+        sampled = ("negatives", "sampling", "popularity_power", "calibration")
         given = [name for name in sampled if getattr(self, name) != type(self).model_fields[name].default]
         if self.loss == "full" and given:
             raise ValueError(f'{", ".join(given)} has no meaning with loss "full"; choose "sampled" or "gbce"')

@@ -59,23 +59,21 @@ class UniformNegatives:
 
 
 class PopularityNegatives:
-    """Items in proportion to count ** power, with replacement; an item heavier than a piece comes repeatedly.
+    """Items in proportion to max(count, 1) ** power, with replacement; an item heavier than a piece comes repeatedly.
 
     Building takes one cumulative sum over the shard, a draw one binary search each. Building is collective.
 
     Args:
         head, number: as in `UniformNegatives`, in proportion to the ranks' weights.
         counts: [I + 1] of the whole catalogue, such as occurrences in the training data; that of row 0 is not read.
-        unseen: weight of an item that never occurred, above 0: what cannot be drawn would be missing from the softmax. An
-            item that occurred once weighs 1; less than that spares draws where most of a catalogue was never seen.
+            An item that never occurred counts as one: what cannot be drawn would be missing from the softmax.
         power: 1 is popularity itself, 0 uniform; word2vec's 0.75 (https://arxiv.org/abs/1310.4546) lies between.
     """
 
-    def __init__(self, head: HeadShard, number: int, counts: Tensor, power: float = 0.75, unseen: float = 1.0):
+    def __init__(self, head: HeadShard, number: int, counts: Tensor, power: float = 0.75):
         _check_number(number)
         self.head = head
         weights = _weights(counts, head) ** power
-        weights[_of_shard(counts, head) == 0] = unseen
         weights[: 1 if head.first_row == 0 else 0] = 0
         self.cumulative = weights.cumsum(0)
         self.mass = float(self.cumulative[-1]) if len(weights) else 0.0
@@ -125,13 +123,10 @@ def _uniform(number: int, seed: int, head: HeadShard) -> Tensor:
 
 
 def _weights(counts: Tensor, head: HeadShard) -> Tensor:
-    return _of_shard(counts, head).double().clamp(min=1)
-
-
-def _of_shard(counts: Tensor, head: HeadShard) -> Tensor:
     if len(counts) != head.num_rows:
         raise ValueError(f"{len(counts)} counts for a table of {head.num_rows} rows, padding among them")
-    return counts[head.first_row : head.first_row + len(head.weight)].cpu()
+    rows = slice(head.first_row, head.first_row + len(head.weight))
+    return counts[rows].cpu().double().clamp(min=1)
 
 
 def _share(number: int, mass: float, head: HeadShard) -> tuple[int, int]:
