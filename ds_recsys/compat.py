@@ -7,12 +7,11 @@ overrides are in models/pipeline.py, watched by tests/test_models_private.py.
 import contextlib
 import types
 import warnings
+from collections.abc import Callable
 
 import torch
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.utils import is_model_parallel_parameter
-
-from ds_recsys.head.row_sparse import all_reduce_rows
 
 
 def skip_compiled_collectives() -> None:
@@ -59,15 +58,12 @@ def clip_tied_weights_once(engine) -> None:
     engine.clip_fp32_gradients = types.MethodType(clip_fp32_gradients, engine)
 
 
-def reduce_tied_rows(engine) -> None:
-    """Sum the row-sparse gradients of tied tables over their stages as rows.
-
-    DeepSpeed hands them to an all-reduce, which gloo has for sparse tensors and NCCL has not.
-    """
+def reduce_tied_gradients_by(engine, reduce: Callable) -> None:
+    """Replace the all-reduce of tied weights' gradients between their stages by `reduce(gradient, group) -> sum`."""
 
     def reduce_tied_gradients(self):
         for weight, group in self.module.get_tied_weights_and_groups():
-            weight.grad = all_reduce_rows(weight.grad, group)
+            weight.grad = reduce(weight.grad, group)
 
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.ReduceTiedGrads: reduce_tied_gradients}
 

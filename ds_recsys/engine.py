@@ -11,7 +11,7 @@ from deepspeed.pipe import PipelineModule
 from ds_recsys import compat
 from ds_recsys.config import Config, load_config
 from ds_recsys.errors import UserError
-from ds_recsys.head.row_sparse import RowSparseAdamW
+from ds_recsys.head.row_sparse import RowSparseAdamW, all_reduce_rows
 from ds_recsys.topology import init_distributed
 
 logger = logging.getLogger("ds_recsys")
@@ -69,7 +69,7 @@ def pipeline_engine(pipe, config: dict):
     engine = deepspeed.initialize(model=pipe, optimizer=optimizer, model_parameters=parameters, config=config)[0]
     compat.clip_tied_weights_once(engine)
     if pipe.sparse_table:
-        compat.reduce_tied_rows(engine)
+        compat.reduce_tied_gradients_by(engine, all_reduce_rows)  # DeepSpeed's own is gloo's; NCCL has no sparse sum
     return engine
 
 
