@@ -75,11 +75,19 @@ def machine() -> dict:
     }
 
 
+def commit() -> str | None:
+    """Of the checkout; None without git or a repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
+
+
 def main(options) -> None:
     result = options.measure(options)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True).stdout.strip()
     if options.json:
-        result = {**result, "machine": machine(), "commit": commit or None}
+        result = {**result, "machine": machine(), "commit": commit()}
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
