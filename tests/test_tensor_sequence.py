@@ -7,11 +7,14 @@ import torch
 import transformers
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from distributed import distributed, run_on_grid
+from model_zoo import tiny_config
 from tensor_zoo import compare, cut, gathered, random_block, skeleton_of, tensor_axis
 from torch.utils.checkpoint import checkpoint
 
 from ds_recsys.errors import UserError
+from ds_recsys.models import ModelBuilder, recommender_config
 from ds_recsys.models.tensor import plan_block
+from ds_recsys.topology import TensorAxis
 
 CASES = [
     ("llama", {}),
@@ -160,3 +163,14 @@ def test_a_split_sequence_keeps_less():
         print(f"saved for the backward, MB: whole {whole / 1e6:.2f}, tensor {cut_heads / 1e6:.2f}, "
               f"with the sequence split {cut_sequence / 1e6:.2f}")  # fmt: skip
         assert cut_sequence < 0.8 * cut_heads < 0.8 * whole
+
+
+def test_what_lies_between_the_layers_is_refused():
+    """The skeleton knows which models compute something there; on a split sequence it would be left out."""
+    config = recommender_config(tiny_config("llama"), 49)
+    builder = ModelBuilder(config, tensor=TensorAxis(None, 2, 0), sequence_parallel=True)
+    assert builder.block_plan(1).sequence
+    other = ModelBuilder(config, tensor=TensorAxis(None, 2, 0), sequence_parallel=True)
+    other.skeleton.glue[1] = True
+    with pytest.raises(UserError, match="between its layers"):
+        other.block_plan(1)

@@ -80,7 +80,8 @@ class ItemTable(PipelineLayer):
         else:
             rows = ids - self.first_row
             mine = (rows >= 0) & (rows < len(embedding.weight))
-            embedded = embedding(rows.masked_fill(~mine, 0)).masked_fill(~mine[..., None], 0)
+            found = embedding(rows[mine])  # a row looked up for another rank's item would be in a sparse gradient
+            embedded = found.new_zeros(*ids.shape, found.shape[-1]).masked_scatter(mine[..., None], found)
             embedded = reduce_from_region(embedded, self.builder.tensor)
         return dropout(embedded, self.builder.embedding_dropout, self.training)
 

@@ -9,6 +9,7 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from ds_recsys.errors import UserError
 from ds_recsys.head.shard import HeadShard, rows_of
 from ds_recsys.models.initialise import fill_layer
 from ds_recsys.models.layers import Block, Epilogue, Head, ItemTable, PipelineLayer, Prologue, pass_hidden
@@ -86,8 +87,12 @@ class ModelBuilder:
         """How decoder layer `index` is shared out over `size` tensor ranks (None: this model's)."""
         key = (index, size or self.tensor.size)
         if key not in self._plans:
-            options = {"sequence_parallel": True} if self.sequence_parallel else {}
-            self._plans[key] = plan_block(self.skeleton, *key, **options)
+            if self.sequence_parallel and any(self.skeleton.glue[1:-1]):
+                raise UserError(
+                    f"model type {self.config.model_type!r} computes something between its layers, which is not split: set "
+                    "sequence_parallel to false"
+                )
+            self._plans[key] = plan_block(self.skeleton, *key, self.sequence_parallel)
         return self._plans[key]
 
     def shards(self, size: int | None = None) -> dict[str, Shard]:
