@@ -2,9 +2,10 @@
 
 from ds_recsys.errors import UserError
 
-__all__ = ["Recommender", "Trainer", "UserError", "init_distributed", "initialize", "load_config"]
+__all__ = ["Recommender", "StepTimeline", "Trainer", "UserError", "init_distributed", "initialize", "load_config"]
 _HOMES = {
     "Recommender": "ds_recsys.serving",
+    "StepTimeline": "ds_recsys.timeline",
     "Trainer": "ds_recsys.trainer",
     "init_distributed": "ds_recsys.topology",
     "initialize": "ds_recsys.engine",

@@ -62,3 +62,13 @@ class Progress(Callback):
     def on_train_end(self, trainer) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def standard_callbacks(recsys) -> list[Callback]:
+    """What a Trainer brings by itself: the progress bar, and what the config's "recsys" block switches on."""
+    callbacks: list[Callback] = [Progress()]
+    if recsys.timeline.enabled:
+        from ds_recsys.timeline.callback import TimelineCallback  # reads this file
+
+        callbacks.append(TimelineCallback())
+    return callbacks

@@ -68,6 +68,28 @@ def reduce_tied_gradients_by(engine, reduce: Callable) -> None:
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.ReduceTiedGrads: reduce_tied_gradients}
 
 
+@contextlib.contextmanager
+def wrapped_instructions(engine, wrap: Callable):
+    """For the time of a `train_batch`, run `wrap(name, method)` in place of each instruction's method of the schedule.
+
+    What else replaces an instruction, before or after, is wrapped too, for the map is read when the context is entered.
+    """
+    own = vars(engine).get("_INSTRUCTION_MAP")
+    engine._INSTRUCTION_MAP = {kind: wrap(kind.__name__, method) for kind, method in engine._INSTRUCTION_MAP.items()}
+    try:
+        yield
+    finally:
+        if own is None:
+            del engine._INSTRUCTION_MAP
+        else:
+            engine._INSTRUCTION_MAP = own
+
+
+def inside_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread, which on a GPU is not the thread that asked for it."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
     """The gradient's memory: of a row-sparse one its rows, coalesced before."""
     return gradient.values() if gradient.is_sparse else gradient

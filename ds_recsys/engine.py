@@ -22,7 +22,8 @@ def initialize(*args, **kwargs):
 
     The config (a path, a dict or a `ds_recsys.config.Config`; as `config`, `config_params` or `args.deepspeed_config`)
     may hold a "recsys" block and `"auto"` batch sizes; both are checked and resolved before DeepSpeed sees the rest.
-    With no capability switched on, the run is bit-equal to plain DeepSpeed.
+    With no capability switched on, the run is bit-equal to plain DeepSpeed. `recsys.timeline.enabled` prints where the
+    time of the steps goes; the `StepTimeline` is `engine.step_timeline`.
 
     Raises:
         UserError: one line naming what is wrong in the config.
@@ -41,13 +42,19 @@ def initialize(*args, **kwargs):
     init_distributed()
     if isinstance(config.recsys.threads_per_rank, int):
         torch.set_num_threads(config.recsys.threads_per_rank)
-    idle = sorted(config.recsys.model_fields_set - {"pipe", "data", "tensor", "threads_per_rank"})
+    idle = sorted(config.recsys.model_fields_set - {"pipe", "data", "tensor", "threads_per_rank", "timeline"})
     if idle and torch.distributed.get_rank() == 0:
         logger.warning(f"{config.source}: recsys.{', '.join(idle)} has no effect here: ds_recsys.Trainer reads it")
     model = call.get("model")
     tensor = max(1, model.topology().get_dim("model")) if isinstance(model, PipelineModule) else 1
     config = config.resolve_for_engine(pipe=getattr(model, "num_stages", 1), tensor=tensor)
-    return deepspeed.initialize(**call, config=config.deepspeed)
+    initialized = deepspeed.initialize(**call, config=config.deepspeed)
+    if config.recsys.timeline.enabled:
+        from ds_recsys.timeline.report import ReportedTimeline
+
+        engine = initialized[0]
+        engine.step_timeline = ReportedTimeline(engine, config.recsys.timeline, "timeline_trace.json")
+    return initialized
 
 
 def pipeline_engine(pipe, config: dict):

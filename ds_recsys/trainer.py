@@ -17,7 +17,7 @@ from ds_recsys.assemble import (
     training_windows,
     with_sources,
 )
-from ds_recsys.callbacks import Callback, Progress
+from ds_recsys.callbacks import Callback, standard_callbacks
 from ds_recsys.config import Config, load_config
 from ds_recsys.data import Interactions, TrainBatches
 from ds_recsys.data.batches import moments_of
@@ -112,7 +112,7 @@ class Trainer:
         )
         self.is_main = torch.distributed.get_rank() == 0
         self.total_steps = recsys.training.steps or recsys.training.epochs * self.batches.steps_per_epoch
-        self.callbacks = [Progress(), *callbacks]
+        self.callbacks = [*standard_callbacks(recsys), *callbacks]
         self.state = {"step": 0, "best": None, "validations_since_best": 0}
         if found:
             self.state = state["training"]

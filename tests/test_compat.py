@@ -1,9 +1,11 @@
 """The private names of DeepSpeed that ds_recsys/compat.py leans on are still there and still mean the same."""
 
 import inspect
+import re
 
 import deepspeed
 import pytest
+import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
@@ -31,7 +33,7 @@ import ds_recsys.compat
         (
             PipelineEngine._exec_schedule,
             "PipelineEngine._exec_schedule",
-            ["self._INSTRUCTION_MAP[type(cmd)]", "self._exec_instr = MethodType("],
+            ["self._INSTRUCTION_MAP[type(cmd)]", "self._exec_instr = MethodType(", "self._exec_instr(**cmd.kwargs)"],
         ),
         (
             PipelineEngine._exec_reduce_tied_grads,
@@ -50,6 +52,36 @@ def test_private_name_has_not_moved(owner, method, needles):
         assert needle in source, (
             f"DeepSpeed {deepspeed.__version__} changed {method} ({needle!r} is gone): adapt {ds_recsys.compat.__file__}"
         )
+
+
+def test_every_instruction_has_a_place_in_the_timeline():
+    from ds_recsys.timeline.step_timeline import _INSTRUCTIONS
+
+    assert {kind.__name__ for kind in PipelineEngine._INSTRUCTION_MAP} == _INSTRUCTIONS.keys(), (
+        f"DeepSpeed {deepspeed.__version__} has other instructions: adapt ds_recsys/timeline/step_timeline.py"
+    )
+
+
+def test_a_backward_pass_is_recognised_in_its_thread():
+    seen = []
+    value = torch.ones(1, requires_grad=True)
+    value.register_hook(lambda _: seen.append(ds_recsys.compat.inside_backward()))
+    value.sum().backward()
+    assert seen == [True] and not ds_recsys.compat.inside_backward()
+
+
+@pytest.mark.parametrize(
+    "function",
+    "all_reduce broadcast reduce all_gather all_gather_single gather scatter reduce_scatter reduce_scatter_single "
+    "all_to_all all_to_all_single isend irecv barrier all_reduce_coalesced".split(),
+)
+def test_torch_hands_collectives_to_the_methods_that_the_timeline_wraps(function):
+    from ds_recsys.timeline.collectives import _METHODS
+
+    source = inspect.getsource(getattr(torch.distributed, function))
+    used = set(re.findall(r"(?:group|pg)\.(\w+)\(", source)) - {"rank", "size"}
+    assert used and used <= _METHODS.keys() & vars(torch.distributed.ProcessGroup).keys(), torch.__version__
+    assert "wait" in vars(torch.distributed.Work)
 
 
 def test_compiled_collectives_can_be_skipped():

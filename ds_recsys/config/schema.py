@@ -267,6 +267,20 @@ class Checkpoint(Block):
     keep_last: Positive | None = Field(2, description="How many checkpoints stay; null keeps all.")
 
 
+class Timeline(Block):
+    """Where the time of a step goes: compute, waiting for the pipeline, gradients or tensor ranks, the optimizer."""
+
+    enabled: bool = Field(
+        False, description="Time every training step; costs under 1 % of it and changes no figure of the training."
+    )
+    trace_step: Positive | None = Field(
+        10,
+        description="Step whose spans are written as a trace for chrome://tracing or ui.perfetto.dev: trace.json in the "
+        "run's folder, with `ds_recsys.initialize` timeline_trace.json in the working folder; null writes none.",
+    )
+    every: Positive = Field(50, description="Optimizer steps between lines on rank 0 and the monitor's events.")
+
+
 class Recsys(Block):
     """The block itself: the grid of ranks first, then one sub-block per concern."""
 
@@ -287,3 +301,4 @@ class Recsys(Block):
     training: Training = Field(Training(), description="")
     evaluation: Evaluation = Field(Evaluation(), description="")
     checkpoint: Checkpoint = Field(Checkpoint(), description="")
+    timeline: Timeline = Field(Timeline(), description="")
