@@ -22,6 +22,7 @@ setup(
         "scipy>=1.11",
         "pyarrow>=17",
         "filelock>=3.12",
+        "pyyaml>=6",
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "setuptools",  # DeepSpeed's op builders import it
