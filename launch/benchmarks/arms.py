@@ -1,0 +1,88 @@
+"""The arms of a comparison on a simulated cluster: jobs that stay up and take turns.
+
+Each is a world of its own under the deepspeed launcher on the same devices; the idle ones wait without computing.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.mailbox import Mailbox
+
+_SCRIPT = Path(__file__).with_name("arm.py")
+_START_SECONDS, _STEP_SECONDS = 300.0, 600.0
+
+
+class Arms:
+    """Use as a context; leaving it ends the jobs.
+
+    Args:
+        cluster: `ds_recsys.simulation.Cluster`, entered.
+        folder: for requests, answers and logs.
+        config: ds_config that the arms' settings change.
+        label: names the comparison in files.
+    """
+
+    def __init__(self, cluster, folder: Path, config: Path, label: str):
+        self.cluster, self.label, self._folder, self._config = cluster, label, folder, config
+        self._jobs, self._mail = {}, {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._jobs)
+
+    def start(self, name: str, engine: str, settings: dict) -> None:
+        """Begin to start an arm; `engine` as arm.py has it, `settings` are dotted keys over the config."""
+        folder = self._folder / f"arm{len(self._jobs)}"
+        folder.mkdir(parents=True)
+        spec = {"engine": engine, "config": str(self._config), "settings": settings}
+        (folder / "arm.json").write_text(json.dumps(spec))
+        job = self.cluster.start([str(_SCRIPT), str(folder)], log_dir=folder / "logs", stream=False)
+        self._jobs[name] = job
+        self._mail[name] = Mailbox(folder, self.cluster.spec.world_size, self._watch(name))
+
+    def measure(self, name: str, micro_batches: int, alone: bool = False, trace: str | None = None) -> dict:
+        """One training step: seconds, its split averaged over the ranks, busy share, bytes that each host sent.
+
+        Raises:
+            RuntimeError: the arm's job has ended, with the end of each rank's log.
+        """
+        request = {"micro_batches": micro_batches, "warmup": 0, "steps": 1, "alone": alone, "trace": trace}
+        before = self.cluster.link_bytes()
+        answers = self._mail[name].ask(request, _STEP_SECONDS)
+        after = self.cluster.link_bytes()
+        result = {
+            "seconds": (mean if alone else max)(answer["seconds"][0] for answer in answers),
+            "loss": answers[-1]["losses"][0],
+            "parameters": max(answer["parameters"] for answer in answers),
+            "sent_bytes": {host: after[host][0] - before[host][0] for host in after},
+        }
+        splits = [answer["split"][0] for answer in answers if "split" in answer]
+        if splits:
+            result["split"] = {kind: mean(split[kind] for split in splits) for kind in splits[0]}
+            result["busy"] = mean(split["compute"] / sum(split.values()) for split in splits)
+        return result
+
+    def ready(self, micro_batches: list[int]) -> None:
+        """Wait until every arm has made its engine, and warm each up with a step of each kind."""
+        for mail in self._mail.values():
+            for m in micro_batches:
+                mail.ask({"micro_batches": m, "warmup": 1, "steps": 0, "alone": False}, _START_SECONDS)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for job in self._jobs.values():
+            job.stop()
+
+    def _watch(self, name: str) -> Callable[[], None]:
+        def alive() -> None:
+            job = self._jobs[name]
+            if (status := job.poll()) is not None:
+                logs = [job.log(rank) for rank in range(self.cluster.spec.world_size)]
+                ends = [log.read_text(errors="replace").strip().splitlines()[-1:] for log in logs if log.exists()]
+                raise RuntimeError(f"the arm {name} ended with status {status}: {ends}")
+
+        return alive
