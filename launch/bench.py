@@ -13,7 +13,8 @@ from command import arguments, run
 
 
 def main(options) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a benchmark ends its processes on a Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background jobs ignore the second
+        signal.signal(number, signal.default_int_handler)  # a benchmark ends its processes on a Ctrl-C
     harness.run(options.name, options.benchmark, options)
 
 

@@ -12,6 +12,7 @@ from command import arguments, run
 
 def main(options) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is torn down on the way out
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         options.action(options)
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from benchmarks import harness, plots
 from ds_recsys.errors import UserError
 
 _ROOT = Path(__file__).parents[1]
+_ON_A_CLUSTER = ("baselines",)  # tests/test_bench_baselines.py
 _SCRIPT = str(_ROOT / "launch/bench.py")
 
 
@@ -170,6 +172,7 @@ def test_a_mistake_is_one_line_before_measuring(root, arguments, message):
     assert not benchmark.calls and "\n" not in str(error.value)
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_commit_and_its_changes(tmp_path):
     def git(*command):
         who = ["-c", "user.name=n", "-c", "user.email=e"]

@@ -5,6 +5,7 @@ They need root, iproute2 and a cpu controller, and are skipped with the reason w
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,6 +271,8 @@ def test_what_a_killed_owner_and_a_killed_reaper_leave_is_cleaned(machine):
 
 def _without_rights(folder: Path, prefix: list[str], *arguments):
     """cluster.py behind `prefix`, which takes rights away; skips where the machine does not let it."""
+    if prefix and shutil.which(prefix[0]) is None:
+        pytest.skip(f"no `{prefix[0]}` here")
     probe = subprocess.run([*prefix, "true"], capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"`{' '.join(prefix)}`: {probe.stderr.strip()}")

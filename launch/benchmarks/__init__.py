@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-NAMES = ("quality", "head", "baselines")
+NAMES = ("quality", "head", "baselines", "timeline")
 
 
 def load(name: str) -> ModuleType:

@@ -2,8 +2,8 @@
 
 The deepspeed launcher starts it on every device: arm.py FOLDER, where FOLDER/arm.json is {"engine": "deepspeed" | "ddp",
 "config": file, "settings": dotted keys over it}. A request is {"micro_batches": M, "warmup": w, "steps": n, "alone": bool,
-"trace": file or null}: M micro-batches over all replicas make the global batch; "alone" (ddp only) has every device
-compute all of them by itself.
+"timeline": bool, "trace": file or null}: M micro-batches over all replicas make the global batch; "alone" (ddp only) has
+every device compute all of them by itself.
 """
 
 import argparse
@@ -139,14 +139,19 @@ class Arm:
             self._cut = cut
         for _ in range(request["warmup"]):
             self.arm.step()
-        timeline = self.arm.timeline(request.get("trace"))
-        losses, seconds = [], []
+        timeline = self.arm.timeline(request.get("trace")) if request.get("timeline") else None
+        losses, seconds, cpu = [], [], time.process_time()
         for _ in range(request["steps"]):
             dist.barrier()  # ranks see a request up to a polling interval apart
             started = time.perf_counter()
             losses.append(self.arm.step())
             seconds.append(time.perf_counter() - started)
-        answer = {"seconds": seconds, "losses": losses, "parameters": self.arm.parameters}
+        answer = {
+            "seconds": seconds,
+            "cpu_seconds": time.process_time() - cpu,
+            "losses": losses,
+            "parameters": self.arm.parameters,
+        }
         if timeline is not None:
             answer["split"] = [{kind: getattr(step, kind) for kind in KINDS} for step in timeline.steps]
             timeline.close()

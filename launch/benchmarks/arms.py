@@ -42,19 +42,28 @@ class Arms:
         self._jobs[name] = job
         self._mail[name] = Mailbox(folder, self.cluster.spec.world_size, self._watch(name))
 
-    def measure(self, name: str, micro_batches: int, alone: bool = False, trace: str | None = None) -> dict:
-        """One training step: seconds, its split averaged over the ranks, busy share, bytes that each host sent.
+    def measure(
+        self,
+        name: str,
+        micro_batches: int,
+        steps: int = 1,
+        alone: bool = False,
+        timeline: bool = True,
+        trace: str | None = None,
+    ) -> dict:
+        """Training steps: mean seconds and CPU seconds of one, its split averaged over the ranks, busy share, bytes sent.
 
         Raises:
             RuntimeError: the arm's job has ended, with the end of each rank's log.
         """
-        request = {"micro_batches": micro_batches, "warmup": 0, "steps": 1, "alone": alone, "trace": trace}
+        request = {"micro_batches": micro_batches, "warmup": 0, "steps": steps, "alone": alone}
         before = self.cluster.link_bytes()
-        answers = self._mail[name].ask(request, _STEP_SECONDS)
+        answers = self._mail[name].ask({**request, "timeline": timeline, "trace": trace}, steps * _STEP_SECONDS)
         after = self.cluster.link_bytes()
         result = {
-            "seconds": (mean if alone else max)(answer["seconds"][0] for answer in answers),
-            "loss": answers[-1]["losses"][0],
+            "seconds": (mean if alone else max)(mean(answer["seconds"]) for answer in answers),
+            "cpu_seconds": mean(answer["cpu_seconds"] for answer in answers) / steps,
+            "loss": answers[-1]["losses"][-1],
             "parameters": max(answer["parameters"] for answer in answers),
             "sent_bytes": {host: after[host][0] - before[host][0] for host in after},
         }

@@ -49,7 +49,7 @@ def plot(rows: list[dict], path: Path) -> None:
     with plots.drawing(path, 1, len(places), width=3.4, height=3.2, sharey=True) as axes:
         for axis, place in zip(axes[0], places, strict=True):
             for i, mode in enumerate(modes):
-                found = [(x, max(shares[*place, ratio, mode].values())) for x, ratio in enumerate(ratios)
+                found = [(x, max(shares[(*place, ratio, mode)].values())) for x, ratio in enumerate(ratios)
                          if (*place, ratio, mode) in shares]  # fmt: skip
                 axis.bar(
                     [x + (i - (len(modes) - 1) / 2) * width for x, _ in found],
