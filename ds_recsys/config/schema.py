@@ -272,8 +272,8 @@ class Timeline(Block):
 
     enabled: bool = Field(
         False,
-        description="Time every training step; costs about 1 % where it has hundreds of small collectives, else less, and changes "
-        "no result.",
+        description="Time every training step; costs about 1 % where it has hundreds of small collectives, else less, "
+        "and changes no result.",
     )
     trace_step: Positive | None = Field(
         10,
