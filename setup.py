@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["ds_recsys", "ds_recsys.*"]),
+    package_data={"ds_recsys.comm.kernels": ["*.c", "*.h"]},
     install_requires=[
         "torch>=2.9,<3",  # 2.13.0
         "deepspeed>=0.19.8,<0.20",  # 0.19.8

@@ -2,11 +2,21 @@
 
 from ds_recsys.errors import UserError
 
-__all__ = ["Recommender", "StepTimeline", "Trainer", "UserError", "init_distributed", "initialize", "load_config"]
+__all__ = [
+    "Recommender",
+    "StepTimeline",
+    "Trainer",
+    "UserError",
+    "compress_gradients",
+    "init_distributed",
+    "initialize",
+    "load_config",
+]
 _HOMES = {
     "Recommender": "ds_recsys.serving",
     "StepTimeline": "ds_recsys.timeline",
     "Trainer": "ds_recsys.trainer",
+    "compress_gradients": "ds_recsys.comm.engines",
     "init_distributed": "ds_recsys.topology",
     "initialize": "ds_recsys.engine",
     "load_config": "ds_recsys.config",

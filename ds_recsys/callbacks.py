@@ -71,4 +71,8 @@ def standard_callbacks(recsys) -> list[Callback]:
         from ds_recsys.timeline.callback import TimelineCallback  # reads this file
 
         callbacks.append(TimelineCallback())
+    if recsys.compression.method != "none":
+        from ds_recsys.comm.callback import CompressionCallback
+
+        callbacks.append(CompressionCallback())
     return callbacks

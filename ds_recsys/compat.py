@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.utils import groups
 
 
 def skip_compiled_collectives() -> None:
@@ -83,6 +84,50 @@ def wrapped_instructions(engine, wrap: Callable):
             del engine._INSTRUCTION_MAP
         else:
             engine._INSTRUCTION_MAP = own
+
+
+def install_backend(kind: type) -> object:
+    """Make DeepSpeed's communication backend a `kind`, a subclass of its own, and return it; again, the one in place."""
+    from deepspeed.comm import comm
+
+    if not isinstance(comm.cdb, kind):
+        backend = kind.__new__(kind)  # the process groups exist: nothing may be initialised again
+        vars(backend).update(vars(comm.cdb))
+        comm.cdb = backend
+    return comm.cdb
+
+
+def data_parallel_group(engine):
+    """The group over which the engine averages gradients at stage 0."""
+    if engine.pipeline_parallelism:
+        return engine.mpu.get_data_parallel_group()
+    return groups._get_sequence_data_parallel_group()
+
+
+def casts_gradients(engine) -> bool:
+    """Whether the config's `communication_data_type` says what gradients are sent as."""
+    return engine._config.communication_data_type is not None
+
+
+def reduce_gradients(engine, gradients: list[torch.Tensor]) -> None:
+    """Average gradients over the data axis in place, all in one bucket, as the engine does at stage 0."""
+    engine._reduce_non_expert_gradients(gradients, elements_per_buffer=sum(map(torch.Tensor.numel, gradients)))
+
+
+def gradients_for_reduction(engine) -> list:
+    """What the engine would reduce at stage 0; parameters without a gradient get one of zeros, sparse ones are wrapped."""
+    return engine._get_gradients_for_reduction()[0]
+
+
+def fp32_gradients(optimizer) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """The gradient accumulator of each parameter of a BF16_Optimizer; views of flat buffers that last."""
+    pairs = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+    return {weight: value for weights, values in pairs for weight, value in zip(weights, values, strict=True)}
+
+
+def bucket_parameters(optimizer, dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    """The parameters in the bucket that a ZeRO-1 or ZeRO-2 optimizer is about to reduce, in the order of its buffer."""
+    return [optimizer.bit16_groups[group][index] for group, index, _ in optimizer.ipg_buckets[dtype].params]
 
 
 def inside_backward() -> bool:

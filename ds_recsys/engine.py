@@ -10,6 +10,7 @@ from deepspeed.pipe import PipelineModule
 
 from ds_recsys import compat
 from ds_recsys.config import Config, load_config
+from ds_recsys.config.compression import Compression
 from ds_recsys.errors import UserError
 from ds_recsys.head.row_sparse import RowSparseAdamW, all_reduce_rows
 from ds_recsys.topology import init_distributed
@@ -23,7 +24,8 @@ def initialize(*args, **kwargs):
     The config (a path, a dict or a `ds_recsys.config.Config`; as `config`, `config_params` or `args.deepspeed_config`)
     may hold a "recsys" block and `"auto"` batch sizes; both are checked and resolved before DeepSpeed sees the rest.
     With no capability switched on, the run is bit-equal to plain DeepSpeed. `recsys.timeline.enabled` prints where the
-    time of the steps goes; the `StepTimeline` is `engine.step_timeline`.
+    time of the steps goes; the `StepTimeline` is `engine.step_timeline`. `recsys.compression.method` compresses what goes
+    over the data axis; the `GradientCompression` is `engine.gradient_compression`.
 
     Raises:
         UserError: one line naming what is wrong in the config.
@@ -42,13 +44,16 @@ def initialize(*args, **kwargs):
     init_distributed()
     if isinstance(config.recsys.threads_per_rank, int):
         torch.set_num_threads(config.recsys.threads_per_rank)
-    idle = sorted(config.recsys.model_fields_set - {"pipe", "data", "tensor", "threads_per_rank", "timeline"})
+    idle = sorted(
+        config.recsys.model_fields_set - {"pipe", "data", "tensor", "threads_per_rank", "timeline", "compression"}
+    )
     if idle and torch.distributed.get_rank() == 0:
         logger.warning(f"{config.source}: recsys.{', '.join(idle)} has no effect here: ds_recsys.Trainer reads it")
     model = call.get("model")
     tensor = max(1, model.topology().get_dim("model")) if isinstance(model, PipelineModule) else 1
     config = config.resolve_for_engine(pipe=getattr(model, "num_stages", 1), tensor=tensor)
     initialized = deepspeed.initialize(**call, config=config.deepspeed)
+    _compress(initialized[0], config.recsys.compression)
     if config.recsys.timeline.enabled:
         from ds_recsys.timeline.report import ReportedTimeline
 
@@ -57,7 +62,7 @@ def initialize(*args, **kwargs):
     return initialized
 
 
-def pipeline_engine(pipe, config: dict):
+def pipeline_engine(pipe, config: dict, compression: Compression | None = None):
     """DeepSpeed's PipelineEngine over a `RecommenderPipe`.
 
     Weight decay spares biases and norms, as in Hugging Face's Trainer, and gradient clipping is exact for tied weights. A
@@ -77,7 +82,15 @@ def pipeline_engine(pipe, config: dict):
     compat.clip_tied_weights_once(engine)
     if pipe.sparse_table:
         compat.reduce_tied_gradients_by(engine, all_reduce_rows)  # DeepSpeed's own is gloo's; NCCL has no sparse sum
+    _compress(engine, compression)
     return engine
+
+
+def _compress(engine, options: Compression | None) -> None:
+    if options is not None and options.method != "none":
+        from ds_recsys.comm.engines import GradientCompression
+
+        GradientCompression(engine, options)
 
 
 def _groups(trainable: list[torch.nn.Parameter]) -> list:

@@ -64,6 +64,8 @@ def load(engine, checkpoint: Path, grid: Grid) -> None:
         setattr(engine, key, common[key])
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(common["lr_scheduler"])
+    if hasattr(engine, "gradient_compression"):
+        engine.gradient_compression.load(checkpoint)
 
 
 def _plain(engine) -> bool:

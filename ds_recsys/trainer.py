@@ -98,7 +98,7 @@ class Trainer:
         self.pipe = build_pipe(recsys, model_config, weights, self.grid, bounds)
         counts = torch.from_numpy(train_counts(self.interactions, self.split))
         self.pipe.loss_fn = next_item_loss(self.pipe, recsys.head, recsys.training.label_smoothing, counts)
-        self.engine = pipeline_engine(self.pipe, values)
+        self.engine = pipeline_engine(self.pipe, values, recsys.compression)
         self._length_multiple = recsys.tensor if recsys.sequence_parallel else 1
         self.batches = TrainBatches(
             windows,

@@ -6,9 +6,13 @@ import re
 import deepspeed
 import pytest
 import torch
+from deepspeed.comm.torch import TorchBackend
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 import ds_recsys.compat
 
@@ -22,6 +26,46 @@ import ds_recsys.compat
             ["self._partition_layers(method=", "self.micro_offset = 0"],
         ),
         (PipelineModule._partition_layers, "PipelineModule._partition_layers", ["self._set_bounds(", "self.parts"]),
+        (
+            DeepSpeedEngine._reduce_non_expert_gradients,
+            "DeepSpeedEngine._reduce_non_expert_gradients",
+            ["self.mpu.get_data_parallel_group()", "_get_sequence_data_parallel_group()", "self.allreduce_no_retain("],
+        ),
+        (DeepSpeedEngine.allreduce_no_retain, "DeepSpeedEngine.allreduce_no_retain", ["numel > numel_per_bucket"]),
+        (
+            DeepSpeedEngine.allreduce_bucket,
+            "DeepSpeedEngine.allreduce_bucket",
+            ["self.communication_data_type", "dist.all_reduce("],
+        ),
+        (
+            DeepSpeedEngine,
+            "DeepSpeedEngine.allreduce_gradients",
+            ["self.buffered_allreduce_fallback("],
+        ),
+        (PipelineEngine._exec_reduce_grads, "PipelineEngine._exec_reduce_grads", ["self.allreduce_gradients("]),
+        (PipelineEngine._bf16_reduce_grads, "PipelineEngine._bf16_reduce_grads", ["self.buffered_allreduce_fallback("]),
+        (
+            DeepSpeedEngine._take_model_step,
+            "DeepSpeedEngine._take_model_step",
+            ["self.optimizer.step()", 'hasattr(self.optimizer, "overflow")', "self.skipped_steps += 1"],
+        ),
+        (
+            BF16_Optimizer.accumulate_hp_grads_and_remove_lp,
+            "BF16_Optimizer.accumulate_hp_grads_and_remove_lp",
+            ["self.immediate_grad_update"],
+        ),
+        (BF16_Optimizer._update_hp_grad, "BF16_Optimizer._update_hp_grad", ["self.fp32_groups_gradients[group_idx]"]),
+        (
+            DeepSpeedZeroOptimizer.average_tensor,
+            "DeepSpeedZeroOptimizer.average_tensor",
+            ["for i, param_idx_in_group, param_id in bucket.params", "self.bit16_groups[i][param_idx_in_group]"],
+        ),
+        (
+            DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks,
+            "DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks",
+            ["self.allreduce_bucket(small_bucket", "in bucket_rank if isinstance(bucket_rank"],
+        ),
+        (TorchBackend, "TorchBackend.all_reduce", ["self._reduce_op(op)"]),
         (PipelineModule.forward, "PipelineModule.forward", ["self.micro_offset += 1", "self.seed_fn(new_seed)"]),
         (
             PipelineEngine._exec_forward_pass,

@@ -148,6 +148,13 @@ def test_removed_keys_and_valid_keys_are_those_of_the_installed_deepspeed():
         assert deepspeed_keys.SCHEDULER_PARAMS[scheduler.__name__] == set(names)
 
 
+def test_compression_is_checked_against_deepspeeds_keys():
+    block = {"recsys": {"compression": {"method": "int8"}}}
+    refused(lambda: load_config({**block, "zero_optimization": {"stage": 3}}), '"int8"', '"zero_optimization.stage" 3')
+    refused(lambda: load_config({**block, "communication_data_type": "bf16"}), '"communication_data_type" "bf16"')
+    assert load_config({**block, "zero_optimization": {"stage": 2}}).recsys.compression.method == "int8"
+
+
 # ---- the block
 
 
@@ -164,6 +171,13 @@ def test_removed_keys_and_valid_keys_are_those_of_the_installed_deepspeed():
         ({"pipe": "2"}, ("\"recsys.pipe\" is '2'", "integer")),
         ({"pipe": True}, ('"recsys.pipe" is True', "integer")),
         ({"data": "all"}, ("\"recsys.data\" is 'all'", "integer", '"auto"')),
+        ({"compression": {"method": "int9"}}, ('"recsys.compression.method"', "'int9'", "powersgd")),
+        ({"compression": {"method": "int8", "ratio": 0.1}}, ('"ratio" is for topk and randomk', '"int8"')),
+        ({"compression": {"method": "sign", "warmup": "ratio"}}, ('"warmup": "ratio"', '"sign"')),
+        (
+            {"compression": {"method": "topk", "momentum": 0.9, "error_feedback": False}},
+            ('"momentum"', '"error_feedback" is false'),
+        ),
         ({"partition": 3}, ('"recsys.partition" is 3', "object")),
         ({"partition": {"method": "best"}}, ("recsys.partition.method", "'best'", "uniform")),
         ({"pipe": 2, "partition": {"bounds": [0, 3]}}, ("[0, 3]", "2 values", '"recsys.pipe" 2 needs 3')),

@@ -83,23 +83,40 @@ def test_report_of_a_whole_run(unbroken):
 
 def test_killed_rank_then_resume_gives_the_same_losses(unbroken):
     folder, arguments, _ = unbroken
+    _kill_and_resume(folder, arguments, folder / "whole", folder / "broken")
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_killed_rank_then_resume_gives_the_same_losses_with_compressed_gradients(unbroken, stage):
+    folder, arguments, _ = unbroken
+    compressed = {"recsys.compression.method": "int4", "recsys.compression.min_elements": 100}
+    changes = {"zero_optimization.stage": stage, **compressed}
+    arguments = [*arguments, *(word for key, value in changes.items() for word in ("--set", f"{key}={value}"))]
+    whole = folder / f"compressed-{stage}"
+    output = _run(folder, _deepspeed(4), *arguments, "--run_dir", whole)
+    assert "gradient compression: int4" in output and (whole / "compression.json").exists()
+    assert _losses(whole) != _losses(folder / "whole")
+    _kill_and_resume(folder, arguments, whole, folder / f"compressed-broken-{stage}")
+
+
+def _kill_and_resume(folder, arguments, whole, broken):
     script = [*_deepspeed(4), _ROOT / "launch/train.py"]
-    process = _start(folder, [*script, *arguments, "--run_dir", folder / "broken"])
-    pids, log = [], folder / "broken" / "log.jsonl"
+    process = _start(folder, [*script, *arguments, "--run_dir", broken])
+    pids, log = [], broken / "log.jsonl"
     for line in process.stdout:
         pids += map(int, re.findall(r"process (\d+) spawned", line))
         if len(pids) == 4:
             break
     deadline = time.monotonic() + 120
-    while not list((folder / "broken" / "checkpoints").glob("step_*5/manifest.json")):  # mid-way: after step 5 or 15
+    while not list((broken / "checkpoints").glob("step_*5/manifest.json")):  # mid-way: after step 5 or 15
         assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
         time.sleep(0.02)
     os.kill(pids[2], signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
-    assert max(_losses(folder / "broken"), default=0) < max(_losses(folder / "whole"))
-    _run(folder, _deepspeed(4), *arguments, "--run_dir", folder / "broken", "--resume")
-    assert _losses(folder / "broken") == _losses(folder / "whole")
+    assert max(_losses(broken), default=0) < max(_losses(whole))
+    _run(folder, _deepspeed(4), *arguments, "--run_dir", broken, "--resume")
+    assert _losses(broken) == _losses(whole)
     assert log.exists()
 
 

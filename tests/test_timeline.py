@@ -2,8 +2,8 @@
 
 import pytest
 
+from ds_recsys.method_hook import MethodHook
 from ds_recsys.timeline.clock import DeviceClock
-from ds_recsys.timeline.hooks import MethodHook
 from ds_recsys.timeline.links import LinkCounter, parse
 from ds_recsys.timeline.recorder import Recorder, Span, self_times, spans
 from ds_recsys.timeline.step_times import StepTimes

@@ -34,6 +34,7 @@ def check_file(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> Non
         if block and not isinstance(block.get("params", {}), dict):
             raise UserError(f'{source}: "{name}.params" is {block["params"]!r}; give an object')
     check_bounds(recsys.partition.bounds, recsys.pipe, None, source)
+    _check_compression(deepspeed, recsys, source)
     if recsys.model.num_layers is not None and recsys.model.num_layers < recsys.pipe:
         raise UserError(
             f'{source}: "recsys.model.num_layers" {recsys.model.num_layers} is less than "recsys.pipe" {recsys.pipe}: '
@@ -41,6 +42,19 @@ def check_file(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> Non
         )
     if recsys.model.config is not None:
         check_model(recsys, recsys.model.config, source)
+
+
+def _check_compression(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> None:
+    if recsys.compression.method == "none":
+        return
+    what = f'{source}: "recsys.compression.method" "{recsys.compression.method}"'
+    if zero_stage(deepspeed) > 2:
+        raise UserError(f'{what} does not work with "zero_optimization.stage" 3; use stage 0, 1 or 2')
+    if deepspeed.get("communication_data_type"):
+        raise UserError(
+            f'{what} and "communication_data_type" "{deepspeed["communication_data_type"]}" both say what gradients are '
+            "sent as; remove one"
+        )
 
 
 def check_bounds(bounds: list[int] | None, pipe: int, num_layers: int | None, source: str) -> None:

@@ -1,18 +1,11 @@
 """The "recsys" block of a ds_config: one model per sub-block, one description per key."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Auto = Literal["auto"]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-
-
-class Block(BaseModel):
-    """Unknown keys are refused and values are not converted ("2" is not 2, true is not 1); frozen."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+from ds_recsys.config.base import Auto, Block, NonNegative, Positive
+from ds_recsys.config.compression import Compression
 
 
 class Partition(Block):
@@ -303,4 +296,5 @@ class Recsys(Block):
     training: Training = Field(Training(), description="")
     evaluation: Evaluation = Field(Evaluation(), description="")
     checkpoint: Checkpoint = Field(Checkpoint(), description="")
+    compression: Compression = Field(Compression(), description="")
     timeline: Timeline = Field(Timeline(), description="")

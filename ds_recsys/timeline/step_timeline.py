@@ -11,10 +11,10 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ds_recsys import compat
+from ds_recsys.method_hook import MethodHook
 from ds_recsys.timeline.axes import Axes
 from ds_recsys.timeline.clock import clock_of_this_device
 from ds_recsys.timeline.collectives import Collectives
-from ds_recsys.timeline.hooks import MethodHook
 from ds_recsys.timeline.links import LinkCounter
 from ds_recsys.timeline.recorder import Recorder, self_times, spans
 from ds_recsys.timeline.step_times import StepTimes

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-NAMES = ("quality", "head", "baselines", "timeline")
+NAMES = ("quality", "head", "baselines", "timeline", "compression")
 
 
 def load(name: str) -> ModuleType:

@@ -1,0 +1,97 @@
+"""The compiled encoders and decoders, or None where torch does the work."""
+
+import ctypes
+import logging
+import os
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor
+
+from ds_recsys.comm.kernels.build import BuildError, build
+
+logger = logging.getLogger("ds_recsys")
+
+_ENCODE = (
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p),
+    *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint64),
+)
+_DECODE = (
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int),
+    *(ctypes.c_int64, ctypes.c_int64, ctypes.c_uint64),
+)
+METHODS = ("bf16", "int8", "int4", "sign", "topk_fp32", "topk_bf16", "topk_int8", "randomk")
+
+
+class Kernels:
+    """Calls into the library; they release the GIL, run on the calling thread, and check nothing.
+
+    Arguments are those of `Compressor.encode` and `decode`, as contiguous CPU tensors; `options` are the method's two
+    whole numbers.
+    """
+
+    def __init__(self, path: Path):
+        library = ctypes.CDLL(str(path))
+        self._encode, self._decode = {}, {}
+        for method in METHODS:
+            self._encode[method] = encode = library[f"{method}_encode"]
+            self._decode[method] = decode = library[f"{method}_decode"]
+            encode.argtypes, encode.restype = _ENCODE, ctypes.c_int
+            decode.argtypes, decode.restype = _DECODE, None
+
+    def encode(
+        self,
+        method: str,
+        options: tuple[int, int],
+        gradient: Tensor,
+        payload: Tensor,
+        residual: Tensor | None,
+        multiplier: float,
+        error: Tensor | None,
+        seed: int,
+    ) -> bool:
+        return bool(
+            self._encode[method](
+                gradient.data_ptr(),
+                None if residual is None else residual.data_ptr(),
+                multiplier,
+                None if error is None else error.data_ptr(),
+                payload.data_ptr(),
+                gradient.numel(),
+                *options,
+                seed,
+            )
+        )
+
+    def decode(self, method: str, options: tuple[int, int], payload: Tensor, out: Tensor, add: bool, seed: int) -> None:
+        self._decode[method](payload.data_ptr(), out.data_ptr(), out.numel(), add, *options, seed)
+
+
+@cache
+def library() -> Kernels | None:
+    """The kernels, compiled at the first use (1 to 2 s) into `$TORCH_EXTENSIONS_DIR` or ~/.cache/torch_extensions.
+
+    None, with one line in the log, where they cannot be built or DS_RECSYS_KERNELS=0; asked once per process.
+    """
+    if os.environ.get("DS_RECSYS_KERNELS") == "0":
+        logger.info("compression runs in torch: DS_RECSYS_KERNELS=0")
+        return None
+    try:
+        return load(folder())
+    except (BuildError, OSError) as error:
+        logger.info(f"compression runs in torch, several times slower: {error}")
+        return None
+
+
+def folder() -> Path:
+    """Where torch's own extensions are built, a folder of ours below it."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    return Path(root).expanduser() / "ds_recsys"
+
+
+def load(folder: Path) -> Kernels:
+    """The kernels below `folder`. Raises BuildError, or OSError for a fresh build that cannot be loaded."""
+    try:
+        return Kernels(build(folder))
+    except (OSError, AttributeError):  # a damaged file, as a full disk leaves it
+        return Kernels(build(folder, again=True))

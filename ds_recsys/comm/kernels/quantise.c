@@ -1,0 +1,161 @@
+/* int8 and int4 codes of blocks of 256 values with one scale, rotated or not: see compressors/quantise.py. */
+#include "block.h"
+
+static const uint32_t ROTATED_LIMIT = (127 + 118) << 23; /* 2^118: no sum of a rotation overflows */
+static const uint64_t SIGNS[4] = {0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0, 0x082EFA98EC4E6C89};
+
+/* Codes and what they decode to (before any rotation back). Code j of a byte plane lies beside code j + n/2 for 4 bits. */
+INLINE void quantise(const float *x, int n, float scale, int bits, uint8_t *restrict codes, float *restrict decoded) {
+    const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    if (bits == 8) {
+        for (int i = 0; i < n; i++) {
+            float shifted = x[i] * inverse + ROUNDER;
+            codes[i] = (uint8_t)bits_of(shifted);
+            decoded[i] = (shifted - ROUNDER) * scale;
+        }
+        return;
+    }
+    const int half = (n + 1) / 2;
+    uint8_t nibbles[QUANTISER_BLOCK] ALIGNED;
+    nibbles[n & (QUANTISER_BLOCK - 1)] = 0; /* the partner that an odd block lacks */
+    for (int i = 0; i < n; i++) {
+        float shifted = x[i] * inverse + ROUNDER;
+        nibbles[i] = bits_of(shifted) & 15;
+        decoded[i] = (shifted - ROUNDER) * scale;
+    }
+    for (int i = 0; i < half; i++) codes[i] = nibbles[i] | (uint8_t)(nibbles[i + half] << 4);
+}
+
+INLINE void read_codes(const uint8_t *codes, int n, int bits, int8_t *restrict out) {
+    if (bits == 8) {
+        memcpy(out, codes, n);
+        return;
+    }
+    const int half = (n + 1) / 2;
+    for (int i = 0; i < half; i++) out[i] = (int8_t)(codes[i] << 4) >> 4;
+    for (int i = 0; i < n - half; i++) out[half + i] = (int8_t)codes[i] >> 4;
+}
+
+/* The Hadamard transform of 256 values as a 16 x 16 matrix M: F (F M)^T, with F the 16-point transform of the columns.
+ * Applied twice it gives 256 M. */
+#define DEFINE_HADAMARD(NAME, TYPE)                                                   \
+    INLINE void NAME##_columns(TYPE *m) {                                             \
+        for (int stride = 128; stride >= 16; stride /= 2)                             \
+            for (int start = 0; start < 256; start += 2 * stride)                     \
+                for (int i = start; i < start + stride; i++) {                        \
+                    TYPE a = m[i], b = m[i + stride];                                 \
+                    m[i] = a + b;                                                     \
+                    m[i + stride] = a - b;                                            \
+                }                                                                     \
+    }                                                                                 \
+    static void NAME(TYPE *restrict m) {                                              \
+        TYPE turned[256] ALIGNED;                                                     \
+        NAME##_columns(m);                                                            \
+        for (int i = 0; i < 16; i++)                                                  \
+            for (int j = 0; j < 16; j++) turned[16 * j + i] = m[16 * i + j];          \
+        NAME##_columns(turned);                                                       \
+        memcpy(m, turned, sizeof turned);                                             \
+    }
+DEFINE_HADAMARD(hadamard, float)
+DEFINE_HADAMARD(hadamard_integers, int16_t) /* codes: sums of 256 stay within 127 * 256, so they are exact */
+
+static void fill_signs(float *signs, float size) {
+    for (int i = 0; i < 256; i++) signs[i] = SIGNS[i / 64] >> (i % 64) & 1 ? -size : size;
+}
+
+INLINE void rotate_back(const int8_t *codes, float scale, const float *signs, float *restrict out) {
+    int16_t sums[256] ALIGNED;
+    const float step = scale * 0.0625f;
+    for (int i = 0; i < 256; i++) sums[i] = codes[i];
+    hadamard_integers(sums);
+    for (int i = 0; i < 256; i++) {
+        float value = (float)sums[i] * step;
+        out[i] = value * signs[i];
+    }
+}
+
+INLINE int encode_block(const float *gradient, const float *residual, float multiplier, float *error, uint8_t *payload,
+                        int n, int bits, const float *signs, const float *sixteenths) {
+    float x[QUANTISER_BLOCK] ALIGNED, turned[QUANTISER_BLOCK] ALIGNED, decoded[QUANTISER_BLOCK] ALIGNED;
+    const int bytes = bits == 8 ? n : (n + 1) / 2;
+    uint32_t top = read_block(x, gradient, residual, multiplier, n), limit = INFINITE;
+    if (signs) {
+        for (int i = 0; i < n; i++) turned[i] = x[i] * sixteenths[i];
+        hadamard(turned);
+        top = read_block(turned, turned, 0, 0.0f, n);
+        limit = ROTATED_LIMIT;
+    }
+    if (top >= limit) {
+        memcpy(payload, &NOT_A_NUMBER, 4);
+        memset(payload + 4, 0, bytes);
+        return 0;
+    }
+    const float scale = quantiser_scale(top, bits);
+    memcpy(payload, &scale, 4);
+    quantise(signs ? turned : x, n, scale, bits, payload + 4, decoded);
+    if (error) {
+        if (signs) {
+            int8_t codes[QUANTISER_BLOCK] ALIGNED;
+            read_codes(payload + 4, n, bits, codes);
+            rotate_back(codes, scale, signs, decoded);
+        }
+        for (int i = 0; i < n; i++) error[i] = x[i] - decoded[i];
+    }
+    return 1;
+}
+
+INLINE int encode_quantised(const float *gradient, const float *residual, float multiplier, float *error,
+                            uint8_t *payload, int64_t n, int bits, int64_t rotate) {
+    float signs[256] ALIGNED, sixteenths[256] ALIGNED;
+    const int64_t row = 4 + QUANTISER_BLOCK * bits / 8, whole = n / QUANTISER_BLOCK * QUANTISER_BLOCK;
+    int finite = 1;
+    int64_t at = 0;
+    if (rotate) {
+        fill_signs(signs, 1.0f);
+        fill_signs(sixteenths, 0.0625f);
+        for (; at < whole; at += QUANTISER_BLOCK, payload += row)
+            finite &= encode_block(gradient + at, after(residual, at), multiplier, (float *)after(error, at), payload,
+                                   QUANTISER_BLOCK, bits, signs, sixteenths);
+    } else
+        for (; at < whole; at += QUANTISER_BLOCK, payload += row)
+            finite &= encode_block(gradient + at, after(residual, at), multiplier, (float *)after(error, at), payload,
+                                   QUANTISER_BLOCK, bits, 0, 0);
+    if (at < n)
+        finite &= encode_block(gradient + at, after(residual, at), multiplier, (float *)after(error, at), payload,
+                               (int)(n - at), bits, 0, 0);
+    return finite;
+}
+
+INLINE void decode_block(const uint8_t *payload, float *restrict out, int n, int bits, int add, const float *signs) {
+    int8_t codes[QUANTISER_BLOCK] ALIGNED;
+    float decoded[QUANTISER_BLOCK] ALIGNED, scale;
+    memcpy(&scale, payload, 4);
+    read_codes(payload + 4, n, bits, codes);
+    if (signs)
+        rotate_back(codes, scale, signs, decoded);
+    else
+        for (int i = 0; i < n; i++) decoded[i] = (float)codes[i] * scale;
+    if (add)
+        for (int i = 0; i < n; i++) out[i] = out[i] + decoded[i];
+    else
+        memcpy(out, decoded, 4 * n);
+}
+
+INLINE void decode_quantised(const uint8_t *payload, float *out, int64_t n, int add, int bits, int64_t rotate) {
+    float signs[256] ALIGNED;
+    const int64_t row = 4 + QUANTISER_BLOCK * bits / 8, whole = n / QUANTISER_BLOCK * QUANTISER_BLOCK;
+    int64_t at = 0;
+    if (rotate) {
+        fill_signs(signs, 1.0f);
+        for (; at < whole; at += QUANTISER_BLOCK, payload += row)
+            decode_block(payload, out + at, QUANTISER_BLOCK, bits, add, signs);
+    } else
+        for (; at < whole; at += QUANTISER_BLOCK, payload += row)
+            decode_block(payload, out + at, QUANTISER_BLOCK, bits, add, 0);
+    if (at < n) decode_block(payload, out + at, (int)(n - at), bits, add, 0);
+}
+
+ENCODER(int8) { return encode_quantised(gradient, residual, multiplier, error, payload, n, 8, first); }
+DECODER(int8) { decode_quantised(payload, out, n, add, 8, first); }
+ENCODER(int4) { return encode_quantised(gradient, residual, multiplier, error, payload, n, 4, first); }
+DECODER(int4) { decode_quantised(payload, out, n, add, 4, first); }

@@ -1,0 +1,172 @@
+"""Who sums which values of a flat gradient buffer, and in which order they travel: a plan, the same on all ranks. Pure."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ds_recsys.comm.compressors.base import Compressor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A tensor, or a contiguous range of one, inside a flat fp32 buffer.
+
+    Attributes:
+        name: the parameter's; error feedback is kept under it.
+        offset: of its first value in the buffer.
+        start: of its first value in the flattened tensor, a multiple of `compressor.block`. It ends at such a multiple or
+            at the tensor's end.
+    """
+
+    name: str
+    offset: int
+    numel: int
+    compressor: Compressor
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is encoded in one go: values [start, stop) of a flattened tensor, at `offset` in the flat buffer.
+
+    Attributes:
+        shared: only some of these values belong to the owner, others encode the same block for another owner.
+    """
+
+    name: str
+    start: int
+    stop: int
+    offset: int
+    compressor: Compressor
+    shared: bool = False
+
+    @cached_property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    @cached_property
+    def wire_bytes(self) -> int:
+        return self.compressor.wire_bytes(self.numel)
+
+    @cached_property
+    def padded_bytes(self) -> int:
+        """`wire_bytes` rounded up to 4, so that the next part of the payload starts where its scales can be stored."""
+        return -(-self.wire_bytes // 4) * 4
+
+    @cached_property
+    def lossless(self) -> bool:
+        return self.compressor.contraction(self.numel) == 0.0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is on its way together: one tuple of parts per owner."""
+
+    parts: tuple[tuple[Part, ...], ...]
+
+    def bytes(self, owner: int) -> int:
+        """Of the payload that holds that owner's parts."""
+        return self.sizes[owner]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(sum(part.padded_bytes for part in parts) for parts in self.parts)
+
+
+def plan(segments, owners: int, chunk_bytes: int) -> list[Chunk]:
+    """Every value of `segments` to one of `owners`, who get about equal bytes of every chunk.
+
+    Cuts fall between the compressors' blocks, so what a block is encoded as does not depend on the plan.
+
+    Args:
+        chunk_bytes: about the largest payload of one owner in one chunk.
+    """
+    parts = _whole(segments)
+    count = max(1, -(-_bytes(parts) // (owners * chunk_bytes)))
+    pieces = _cut(parts, count * owners)
+    return [Chunk(tuple(pieces[i : i + owners])) for i in range(0, len(pieces), owners)]
+
+
+def plan_owned(segments, ranges, chunk_bytes: int) -> list[Chunk]:
+    """To each owner the blocks that hold the values it wants; a block that two owners want parts of goes to both.
+
+    Args:
+        ranges: by owner, the [first, last) places in the flat buffer that it wants. They need not cover the buffer.
+    """
+    wanted = [_owned(_whole(segments), _joined(mine)) for mine in ranges]
+    count = max(1, -(-max(_bytes(parts) for parts in wanted) // chunk_bytes))
+    return [Chunk(tuple(pieces)) for pieces in zip(*(_cut(parts, count) for parts in wanted), strict=True)]
+
+
+def _bytes(parts: list[Part]) -> int:
+    return sum(part.padded_bytes for part in parts)
+
+
+def _whole(segments) -> list[Part]:
+    """A part per segment; neighbours that are sent as they are become one, for there a tensor's boundary means nothing."""
+    parts = []
+    for segment in segments:
+        assert segment.start % segment.compressor.block == 0, f"{segment.name} starts inside a block"
+        if not segment.numel:
+            continue
+        part = Part(segment.name, segment.start, segment.start + segment.numel, segment.offset, segment.compressor)
+        last = parts[-1] if parts else None
+        if last and _plain(last) and _plain(part) and last.offset + last.numel == part.offset:
+            parts[-1] = replace(last, stop=last.stop + part.numel)
+        else:
+            parts.append(part)
+    return parts
+
+
+def _plain(part: Part) -> bool:
+    return part.lossless and part.compressor.block == 1
+
+
+def _slice(part: Part, first: int, last: int, **changes) -> Part:
+    """Values [first, last) of `part`, counted from its first."""
+    return replace(part, start=part.start + first, stop=part.start + last, offset=part.offset + first, **changes)
+
+
+def _cut(parts: list[Part], count: int) -> list[tuple[Part, ...]]:
+    """`parts`, cut at blocks into `count` pieces of about equal bytes: a block goes where its first byte would."""
+    total, before, pieces = _bytes(parts), 0, [[] for _ in range(count)]
+    for part in parts:
+        size, block = part.padded_bytes, part.compressor.block
+        blocks, first = -(-part.numel // block), 0
+        while first < blocks:
+            piece = (before * blocks + size * first) * count // (blocks * total)
+            beyond = (piece + 1) * total * blocks - before * blocks * count
+            last = min(blocks, -(-beyond // (size * count)))
+            pieces[piece].append(_slice(part, first * block, min(last * block, part.numel)))
+            first = last
+        before += size
+    return [tuple(piece) for piece in pieces]
+
+
+def _joined(ranges) -> list[tuple[int, int]]:
+    joined = []
+    for first, last in sorted((first, last) for first, last in ranges if first < last):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+        else:
+            joined.append((first, last))
+    return joined
+
+
+def _owned(parts: list[Part], ranges) -> list[Part]:
+    """The blocks of `parts` that hold places in `ranges`; those that hold others too are marked as shared."""
+    found = []
+    for part in parts:
+        block, edges, inner = part.compressor.block, set(), []
+        for first, last in ranges:
+            first, last = max(first - part.offset, 0), min(last - part.offset, part.numel)
+            if first >= last:
+                continue
+            lower, upper = -(-first // block), -(-last // block) if last == part.numel else last // block
+            edges |= {first // block} if first % block else set()
+            edges |= {last // block} if last % block and last < part.numel else set()
+            if lower < upper:
+                inner.append(_slice(part, lower * block, min(upper * block, part.numel)))
+        for edge in edges:
+            inner.append(_slice(part, edge * block, min((edge + 1) * block, part.numel), shared=True))
+        found += sorted(inner, key=lambda piece: piece.start)
+    return found

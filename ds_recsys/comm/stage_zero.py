@@ -1,0 +1,89 @@
+"""Compression in an engine whose gradients DeepSpeed averages in one go: plain data-parallel, pipelines, BF16_Optimizer."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.sparse_tensor import SparseTensor
+from torch import Tensor
+from torch.nn import Parameter
+
+from ds_recsys import compat
+from ds_recsys.comm.backend import GradientBackend
+from ds_recsys.comm.overlap import Bucket, OverlappedBuckets, make_buckets
+from ds_recsys.comm.reducer import Reducer
+from ds_recsys.method_hook import MethodHook
+
+
+class StageZeroGradients:
+    """Takes the place of `engine.buffered_allreduce_fallback`, the one call in which stage 0 reduces all gradients.
+
+    Row-sparse gradients, which are small, stay with DeepSpeed; dense ones go in buckets through DeepSpeed's own averaging,
+    whose all-reduce the reducer answers. BF16_Optimizer's are taken in fp32, before they would be rounded.
+    """
+
+    def __init__(
+        self,
+        engine,
+        reducer: Reducer,
+        backend: GradientBackend,
+        bucket_elements: int,
+        overlap: bool,
+        waited: Callable[[float], None],
+    ):
+        self._engine, self._reducer, self._backend = engine, reducer, backend
+        self._fp32 = compat.fp32_gradients(engine.optimizer) if hasattr(engine.optimizer, "bf16_groups") else {}
+        if self._fp32:  # accumulated in hooks, or only after the backward pass
+            overlap = overlap and engine.optimizer.immediate_grad_update
+        engine.communication_data_type = torch.float32
+        self._waited = waited
+        self._group = compat.data_parallel_group(engine)
+        self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        parameters = [p for p in engine.module.parameters() if p.requires_grad and p.numel()]
+        buckets = make_buckets(parameters, self._tied(engine.module), bucket_elements)
+        micro_batches = engine.gradient_accumulation_steps
+        self._buckets = OverlappedBuckets(buckets, self._reduce, micro_batches, overlap)
+        self._hook = MethodHook(engine, "buffered_allreduce_fallback", self._reduce_all)
+
+    @staticmethod
+    def _tied(module) -> set[Parameter]:
+        """What other stages contribute to, after the backward pass."""
+        if not isinstance(module, PipelineModule):
+            return set()
+        return {weight for weight, _ in module.get_tied_weights_and_groups()}
+
+    def _gradient(self, parameter: Parameter) -> Tensor:
+        if self._fp32:
+            return self._fp32[parameter]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
+    def _reduce(self, bucket: Bucket) -> None:
+        dense = [(p, gradient) for p in bucket.parameters if not (gradient := self._gradient(p)).is_sparse]
+        tensors = tuple((self._names[p], tuple(p.shape)) for p, _ in dense)
+        if dense:
+            with self._backend.gradient_scope(self._group, partial(self._reducer.all_reduce, tensors=tensors)):
+                compat.reduce_gradients(self._engine, [gradient for _, gradient in dense])
+
+    def _reduce_all(self, method, grads=None, **options):
+        if grads is not None:
+            return method(grads=grads, **options)
+        begin = time.perf_counter()
+        self._buckets.finish()
+        sparse = [p.grad for bucket in self._buckets.buckets for p in bucket.parameters if _is_row_sparse(p)]
+        if sparse:
+            method(grads=[SparseTensor(gradient) for gradient in sparse], **options)
+            self._reducer.finite &= all(bool(g.coalesce().values().isfinite().all()) for g in sparse)
+        self._waited(time.perf_counter() - begin)
+
+    def close(self) -> None:
+        """Leave the engine to DeepSpeed again."""
+        self._hook.remove()
+        self._buckets.close()
+
+
+def _is_row_sparse(parameter: Parameter) -> bool:
+    return parameter.grad is not None and parameter.grad.is_sparse
