@@ -75,16 +75,18 @@ def test_torch_waits_for_a_device_once_per_encode_and_never_in_decode(method):
 
 @needs_compiler
 def test_threads_may_encode_at_once():
-    method, x = compressor("int8"), torch.randn(300_001)
-    expected, found = method.compress(x), [None] * 4
+    method = compressor("int8")
+    inputs = [torch.full((4_000_000,), 1.0 + index) for index in range(3)]
+    expected, found = [method.compress(x) for x in inputs], [None] * 3
 
     def work(index):
-        found[index] = method.compress(x)
+        found[index] = [method.compress(inputs[index]) for _ in range(5)]
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert all(torch.equal(payload, expected) for payload in found)
+    for payload, payloads in zip(expected, found, strict=True):
+        assert all(torch.equal(payload, one) for one in payloads)
 
 
 def compiler(folder: Path, name: str, script: str) -> None:
@@ -130,6 +132,8 @@ def test_what_cannot_be_loaded_or_written_falls_back(tmp_path, monkeypatch, capl
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
         assert native.library.__wrapped__() is None
     assert "Not a directory" in caplog.text
+    with pytest.raises(build.BuildError, match="file/ds_recsys: Not a directory"):
+        build.build(native.folder())
 
 
 def test_the_environment_switches_them_off(monkeypatch, caplog):

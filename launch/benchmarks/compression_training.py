@@ -39,7 +39,7 @@ def training(options) -> Iterator[dict]:
         return
     options.methods, options.seeds, options.ranks, options.repeats = ["int8"], [0], 2, 1
     with tempfile.TemporaryDirectory() as scratch:
-        config, log = quality._small(Path(scratch))
+        config, log = quality.small(Path(scratch))
         options.data, options.run_dir = str(log), f"{scratch}/runs"
         yield from _speed(config, options.methods, options)
         yield from _quality(config, options.methods, options, {})
@@ -135,7 +135,7 @@ def _train(config: Path, method: str, seed: int, options) -> dict:
     place = {"kind": "quality", "method": method, "seed": seed, "ranks": options.ranks, "epochs": options.epochs}
     print(f"\n{method}, seed {seed}", flush=True)
     try:
-        result = quality._train(config, options.data, seed, options.ranks, run_dir, _texts(changes))
+        result = quality.train(config, options.data, seed, options.ranks, run_dir, _texts(changes))
     except UserError as error:
         return {**place, "error": str(error)}
     records = read_log(run_dir / "log.jsonl")

@@ -35,14 +35,14 @@ def measure(options) -> Iterator[dict]:
         if options.config or options.data:
             raise UserError("--quick makes a config and a log of its own: leave out CONFIG and --data")
         with tempfile.TemporaryDirectory() as scratch:
-            config, log = _small(Path(scratch))
-            yield _train(config, log, seed=0, ranks=2, run_dir=f"{scratch}/run", settings=options.set)
+            config, log = small(Path(scratch))
+            yield train(config, log, seed=0, ranks=2, run_dir=f"{scratch}/run", settings=options.set)
         return
     if not options.config:
         raise UserError("quality needs a config, for instance ds_configs/ml100k_quality.json (or --quick, or --from F)")
     for seed in options.seeds:
         run_dir = Path(options.run_dir) / f"{Path(options.config).stem}-seed{seed}"
-        yield _train(options.config, options.data, seed, options.ranks, run_dir, options.set)
+        yield train(options.config, options.data, seed, options.ranks, run_dir, options.set)
 
 
 def figures(rows: list[dict]) -> dict:
@@ -91,7 +91,7 @@ def _shown(rows: list[dict]) -> list[str]:
     return [next(name for name in names if name.startswith(column)) for column in _COLUMNS]
 
 
-def _train(config, data, seed: int, ranks: int, run_dir, settings: list[str]) -> dict:
+def train(config, data, seed: int, ranks: int, run_dir, settings: list[str]) -> dict:
     command = ["deepspeed", "--num_gpus", str(ranks), str(ROOT / "launch/train.py"), "--deepspeed_config", str(config)]
     command[1:1] = ["--master_port", str(_free_port())]  # the default may be another run's
     command += ["--run_dir", str(run_dir), "--overwrite", "--set", f"recsys.seed={seed}"]
@@ -127,7 +127,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _small(folder: Path) -> tuple[Path, Path]:
+def small(folder: Path) -> tuple[Path, Path]:
     """A config and a log to train on in seconds: 30 users who walk through 20 items."""
     config, log, generator = folder / "quick.json", folder / "log.csv", random.Random(0)
     with open(log, "w", newline="") as file:
