@@ -82,11 +82,14 @@ class GradientCompression:
         return self.choice.method
 
     def _install(self, method: str) -> None:
+        self.reducer = self._make(method)
+        self._attach()
+
+    def _attach(self) -> None:
         from ds_recsys.comm.stage_zero import StageZeroGradients
         from ds_recsys.comm.zero_stages import ZeroGradients
 
         engine, options = self.engine, self.options
-        self.reducer = self._make(method)
         backend = GradientBackend.install()
         if engine.zero_optimization_stage() and not hasattr(engine.optimizer, "bf16_groups"):
             self._adapter = ZeroGradients(engine, self.reducer, backend)
@@ -175,11 +178,27 @@ class GradientCompression:
 
     def close(self) -> None:
         """Leave the engine to DeepSpeed again."""
+        self.detach()
+        self.reducer = None
+
+    def detach(self) -> None:
+        """Let go of the engine's parameters and optimizer, of which others come; until `attach`."""
         for hook in self._hooks:
             hook.remove()
         if self._adapter:
             self._adapter.close()
-        self._hooks, self._adapter, self.reducer = [], None, None
+        self._hooks, self._adapter = [], None
+
+    def state_of(self, names: set[str]) -> dict[tuple, torch.Tensor]:
+        """What is kept of the parameters with these names, under keys that `attach` on another rank understands."""
+        return state.of_parameters(self.reducer.state_dict(), names) if self.reducer else {}
+
+    def attach(self, arrived: dict[tuple, torch.Tensor]) -> None:
+        """Go on with the parameters that the engine has now; `arrived`: `state_of` those that came from other ranks."""
+        if self.reducer:
+            sizes = {name: parameter.numel() for name, parameter in self.engine.module.named_parameters()}
+            self.reducer.load_state_dict(state.regrouped(self.reducer.state_dict(), arrived, sizes))
+            self._attach()
 
 
 def _refuse(engine, options: Compression) -> None:

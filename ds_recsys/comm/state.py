@@ -51,6 +51,38 @@ def load(folder: Path, reducer, place: dict, names: set[str]) -> None:
     reducer.load_state_dict(_redistributed(contents, place, names))
 
 
+def of_parameters(content: dict, names: set[str]) -> dict[tuple, torch.Tensor]:
+    """The tensors of a reducer's state that are about the parameters `names`, under keys that say what they are."""
+    found = {("residuals", *key): value for key, value in content["residuals"].items() if key[1] in names}
+    for kind in ("factors", "velocities"):
+        found |= {(kind, name): value for name, value in content[kind].items() if name in names}
+    return found
+
+
+def regrouped(content: dict, arrived: dict[tuple, torch.Tensor], sizes: dict[str, int]) -> dict:
+    """A reducer's state for the parameters in `sizes` (name -> values), when they come in other buckets than before.
+
+    Which rank owns the sum of which range changes then. So what was held back of a sum becomes what its owner holds back
+    of its own gradients: either way it is added to the next sum.
+    """
+    present = {**of_parameters(content, set(sizes)), **arrived}
+    sides: dict[tuple[str, str], torch.Tensor] = {}
+    for kind, *key in present:
+        if kind == "residuals":
+            side, name, start, stop = key
+            value = present[(kind, *key)]
+            whole = sides.setdefault((side, name), torch.zeros(sizes[name], device=value.device))
+            whole[start:stop] = value
+    residuals: dict[tuple, torch.Tensor] = {}
+    for (_, name), value in sides.items():
+        key = ("worker", name, 0, sizes[name])
+        residuals[key] = residuals[key] + value if key in residuals else value
+    rest = {
+        kind: {key[1]: value for key, value in present.items() if key[0] == kind} for kind in ("factors", "velocities")
+    }
+    return {"step": content["step"], "residuals": residuals, **rest}
+
+
 def _names(content: dict) -> set[str]:
     return {name for _, name, _, _ in content["residuals"]}
 

@@ -63,7 +63,8 @@ def plot(rows: list[dict], path: Path) -> None:
             axis.set(title=f"{_TOPOLOGIES[place[0]]}, {place[1]:,} items", xlabel="gradient communication / compute")
         axes[0][0].set_ylabel("share of the ideal speed")
         axes[0][0].set_ylim(0, 1.05)
-        axes[0][-1].legend(fontsize=7, frameon=False)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        axes[0][0].figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
 
 
 def _steps(rows: list[dict]) -> str:

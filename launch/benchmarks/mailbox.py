@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS, _IDLE_POLL_SECONDS = 0.05, 0.5
 
 
 class Mailbox:
@@ -59,8 +59,10 @@ def _requests(folder: Path) -> Iterator[dict]:
     number = 0
     while True:
         path = folder / f"{number}.json"
+        pause = _POLL_SECONDS
         while not path.exists():
-            time.sleep(_POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(1.1 * pause, _IDLE_POLL_SECONDS)  # many jobs that wait share a device with the one that runs
         yield json.loads(path.read_text())
         number += 1
 
