@@ -62,7 +62,8 @@ def plot(rows: list[dict], path: Path) -> None:
                     bound = median(row["wire_seconds"] for row in found)
                     axis.plot([bound, bound], [y - 0.35, y + 0.35], color="black", linewidth=1.5)
             axis.set_yticks(range(len(names)), [title(name) for name in names], fontsize=7)
-            axis.set(title=_title(*place), xlabel="seconds (black: its bytes on the wire)")
+            axis.set_title(_title(*place), fontsize=9)
+            axis.set_xlabel("seconds; black: its bytes on the wire", fontsize=8)
 
 
 def ratios(rows: list[dict]) -> dict[tuple, float]:

@@ -151,7 +151,8 @@ def _caption(rows: list[dict]) -> str:
     for row in (row for row in rows if row["kind"] == "workload"):
         parts.append(
             f"{row['parameters']:,} parameters on 4 hosts x 1 rank, compute {1e3 * row['compute_seconds']:.0f} ms a step, "
-            f"links of {row['rate'] / 1e6:.0f} Mbit/s, where the dense gradients take as long on the wire."
+            f"links of {row['rate'] / 1e6:.0f} Mbit/s, where the dense gradients take as long on the wire. "
+            "All matrices are compressed (`min_elements` 256)."
         )
     trained = [row for row in rows if row["kind"] == "quality" and "error" not in row]
     if trained:
