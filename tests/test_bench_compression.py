@@ -212,7 +212,7 @@ def step(method, seconds, repeat=0, group=0, sent=2e5):
 
 
 TRAINED = [
-    {"kind": "workload", "parameters": 250_000, "compute_seconds": 0.05, "rate": 2.4e8},
+    {"kind": "workload", "hosts": 4, "parameters": 250_000, "compute_seconds": 0.05, "rate": 2.4e8},
     *(step("dense", seconds, repeat=i, sent=1.5e6) for i, seconds in enumerate((0.1, 0.2))),
     *(step("int8", seconds, repeat=i) for i, seconds in enumerate((0.05, 0.08))),
     *(quality("dense", seed, loss, 0.11 + 0.01 * seed) for seed, loss in enumerate((5.0, 6.0))),

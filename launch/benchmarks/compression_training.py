@@ -17,7 +17,7 @@ from benchmarks.harness import ROOT, load
 from benchmarks.repeats import interleaved, median
 
 _CONFIG = ROOT / "ds_configs/quickstart.json"
-_HOSTS = 4
+_HOSTS, _QUICK_HOSTS = 4, 2  # of one device each
 _STEPS = 10  # of a measurement
 _MIN_ELEMENTS = 256  # by default the quick start's small matrices, half of its values, would be sent as fp32
 _BIN = 20  # steps whose losses are averaged in a row
@@ -38,7 +38,7 @@ def training(options) -> Iterator[dict]:
         yield from _speed(_CONFIG, options.methods, options)
         yield from _quality(_CONFIG, options.methods, options, found)
         return
-    options.methods, options.seeds, options.ranks, options.repeats = ["int8"], [0], 2, 1
+    options.methods, options.seeds, options.ranks, options.repeats, options.speed = ["int8"], [0], 2, 1, 1.0
     with tempfile.TemporaryDirectory() as scratch:
         config, log = quality.small(Path(scratch))
         options.data, options.run_dir = str(log), f"{scratch}/runs"
@@ -66,7 +66,8 @@ def _speed(config: Path, methods: list[str], options) -> Iterator[dict]:
     from ds_recsys import load_config
     from ds_recsys.simulation import Cluster, load_spec
 
-    spec = load_spec({"hosts": [{"count": _HOSTS, "devices": 1, "speed": options.speed}]})
+    hosts = _QUICK_HOSTS if options.quick else _HOSTS
+    spec = load_spec({"hosts": [{"count": hosts, "devices": 1, "speed": options.speed}]})
     groups, rate, batch = rounds(methods), None, load_config(config).train_batch_size
     with Cluster(spec) as cluster:
         for number, names in enumerate(groups):
@@ -75,31 +76,32 @@ def _speed(config: Path, methods: list[str], options) -> Iterator[dict]:
                 Arms(cluster, Path(folder), config, f"group {number + 1} of {len(groups)}") as arms,
             ):
                 _set_links(cluster, None)
-                _start(arms, config, [name for name in names if name != AUTO], options)
+                _start(arms, config, [name for name in names if name != AUTO], hosts, options.data)
                 if rate is None:
-                    workload = _workload(arms)
+                    workload = _workload(arms, hosts)
                     rate = workload["rate"]
                     yield workload
                 _set_links(cluster, rate)
                 if AUTO in names:  # which shall see the link
-                    _start(arms, config, [AUTO], options)
-                turns = {name: lambda name=name: arms.measure(name, _HOSTS, steps=_STEPS) for name in names}
+                    _start(arms, config, [AUTO], hosts, options.data)
+                turns = {name: lambda name=name: arms.measure(name, hosts, steps=_STEPS) for name in names}
                 for row in interleaved(turns, options.repeats, progress=arms.label):
                     yield _step_row(row, number, batch)
 
 
-def _start(arms: Arms, config: Path, names: list[str], options) -> None:
+def _start(arms: Arms, config: Path, names: list[str], hosts: int, data: str | None) -> None:
     for name in names:
-        arms.start(name, "deepspeed", settings(config, name, _HOSTS, options.data))
-    arms.ready([_HOSTS])
+        arms.start(name, "deepspeed", settings(config, name, hosts, data))
+    arms.ready([hosts])
 
 
-def _workload(arms: Arms) -> dict:
+def _workload(arms: Arms, hosts: int) -> dict:
     """The dense arm over unlimited links: parameters, compute of a step, and the link that takes as long."""
-    found = [arms.measure(DENSE, _HOSTS) for _ in range(5)]
+    found = [arms.measure(DENSE, hosts) for _ in range(5)]
     compute, parameters = median(row["split"]["compute"] for row in found), found[0]["parameters"]
-    rate = link_rate(parameters, compute, _HOSTS)
-    return {"kind": "workload", "parameters": parameters, "compute_seconds": compute, "rate": rate}
+    rate = link_rate(parameters, compute, hosts)
+    place = {"kind": "workload", "hosts": hosts, "parameters": parameters}
+    return {**place, "compute_seconds": compute, "rate": rate}
 
 
 def _step_row(row: dict, group: int, batch: int) -> dict:

@@ -9,7 +9,7 @@ from benchmarks.harness import markdown
 from benchmarks.repeats import groups, median
 
 _SOURCES = """Losses: whole trainings without the cluster, mean over the seeds.
-Time and bytes of a step: the same model on four hosts."""
+Time and bytes of a step: the same model on the cluster."""
 
 
 def figures(rows: list[dict]) -> dict:
@@ -150,9 +150,9 @@ def _caption(rows: list[dict]) -> str:
     parts = []
     for row in (row for row in rows if row["kind"] == "workload"):
         parts.append(
-            f"{row['parameters']:,} parameters on 4 hosts x 1 rank, compute {1e3 * row['compute_seconds']:.0f} ms a step, "
-            f"links of {row['rate'] / 1e6:.0f} Mbit/s, where the dense gradients take as long on the wire. "
-            "All matrices are compressed (`min_elements` 256)."
+            f"{row['parameters']:,} parameters on {row['hosts']} hosts x 1 rank, "
+            f"compute {1e3 * row['compute_seconds']:.0f} ms a step, links of {row['rate'] / 1e6:.0f} Mbit/s, "
+            "where the dense gradients take as long on the wire. All matrices are compressed (`min_elements` 256)."
         )
     trained = [row for row in rows if row["kind"] == "quality" and "error" not in row]
     if trained:
