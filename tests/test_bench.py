@@ -19,7 +19,7 @@ from benchmarks import harness, plots
 from ds_recsys.errors import UserError
 
 _ROOT = Path(__file__).parents[1]
-_ON_A_CLUSTER = ("baselines",)  # tests/test_bench_baselines.py
+_ON_A_CLUSTER = ("baselines", "compression")  # in files of their own
 _SCRIPT = str(_ROOT / "launch/bench.py")
 
 
@@ -214,9 +214,7 @@ def _bench(*arguments, timeout=240, **keywords):
     return subprocess.run(command, timeout=timeout, capture_output=True, text=True, **keywords)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in benchmarks.NAMES if name != "baselines"]
-)  # see test_bench_baselines.py
+@pytest.mark.parametrize("name", [name for name in benchmarks.NAMES if name not in _ON_A_CLUSTER])
 def test_quick_run(name, tmp_path):
     file = tmp_path / f"{name}.json"
     done = _bench(name, "--quick", "--json", file)
