@@ -255,7 +255,6 @@ def test_a_method_is_plain_data_parallelism_with_its_compression():
     found = compression_training.settings(ROOT / "ds_configs/quickstart.json", "topk_int8", 4)
     assert found["train_micro_batch_size_per_gpu"] == 4 and found["zero_optimization.stage"] == 0
     assert found["recsys.compression.method"] == "topk" and found["recsys.compression.values"] == "int8"
-    assert found["recsys.compression.min_elements"] <= 64 * 64  # the model's smallest matrix is compressed too
     dense = compression_training.settings(ROOT / "ds_configs/quickstart.json", DENSE, 2)
     assert dense["train_micro_batch_size_per_gpu"] == 8 and not [key for key in dense if "compression" in key]
 

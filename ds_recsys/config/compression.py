@@ -36,7 +36,7 @@ class Compression(Block):
         "dense",
         description='Until then: `"dense"` sends fp32, `"ratio"` (topk, randomk) lowers the share from 25 % to `ratio`.',
     )
-    min_elements: Positive = Field(16_384, description="Tensors with fewer values are sent as they are.")
+    min_elements: Positive = Field(4096, description="Tensors with fewer values are sent as they are.")
     overlap: bool = Field(
         True,
         description="Reduce a bucket of gradients while the backward pass computes the next; in stage 0 and pipelines, "

@@ -19,7 +19,6 @@ from benchmarks.repeats import interleaved, median
 _CONFIG = ROOT / "ds_configs/quickstart.json"
 _HOSTS, _QUICK_HOSTS = 4, 2  # of one device each
 _STEPS = 10  # of a measurement
-_MIN_ELEMENTS = 256  # by default the quick start's small matrices, half of its values, would be sent as fp32
 _BIN = 20  # steps whose losses are averaged in a row
 _COMMON = {
     "recsys.pipe": 1,
@@ -51,7 +50,7 @@ def settings(config: Path, method: str, ranks: int, data: str | None = None) -> 
     from ds_recsys import load_config
 
     batch = load_config(config).train_batch_size
-    options = {**OURS[method], "min_elements": _MIN_ELEMENTS} if method != DENSE else {}
+    options = OURS[method] if method != DENSE else {}
     compression = {f"recsys.compression.{key}": value for key, value in options.items()}
     path = {"recsys.dataset.path": data} if data else {}
     return {**_COMMON, "train_micro_batch_size_per_gpu": batch // ranks, **path, **compression}

@@ -152,7 +152,7 @@ def _caption(rows: list[dict]) -> str:
         parts.append(
             f"{row['parameters']:,} parameters on {row['hosts']} hosts x 1 rank, "
             f"compute {1e3 * row['compute_seconds']:.0f} ms a step, links of {row['rate'] / 1e6:.0f} Mbit/s, "
-            "where the dense gradients take as long on the wire. All matrices are compressed (`min_elements` 256)."
+            "where the dense gradients take as long on the wire."
         )
     trained = [row for row in rows if row["kind"] == "quality" and "error" not in row]
     if trained:
