@@ -50,9 +50,11 @@ def clip_tied_weights_once(engine) -> None:
             for parameter in parameters
             if not parameter.ds_pipe_replicated and (first or is_model_parallel_parameter(parameter))
         ]
-        square = torch.nn.utils.get_total_norm(owned).float().square().to(self.device)
+        # added up in fp64, so that its fp32 value does not depend on which stage holds which layer
+        squares = (torch.linalg.vector_norm(gradient).double().square() for gradient in owned)
+        square = sum(squares, torch.zeros((), dtype=torch.float64, device=self.device))
         torch.distributed.all_reduce(square, group=self.mpu.get_model_parallel_group())
-        factor = (self.gradient_clipping() / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        factor = (self.gradient_clipping() / (square.sqrt().float() + 1e-6)).clamp(max=1.0)
         for parameter in parameters:
             _dense(parameter.grad).mul_(factor)
 

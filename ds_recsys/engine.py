@@ -69,6 +69,7 @@ def pipeline_engine(pipe, config: dict, compression: Compression | None = None):
     pipe with a `sparse_table` gets an Adam that updates the rows of the table that the gradient names.
     """
     compat.silence_deepspeed()
+    config = _accumulate_at_once(config)
     trainable = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
     params = config["optimizer"]["params"]
     parameters = _groups(trainable) if params.get("weight_decay") != 0 else trainable
@@ -91,6 +92,16 @@ def _compress(engine, options: Compression | None) -> None:
         from ds_recsys.comm.engines import GradientCompression
 
         GradientCompression(engine, options)
+
+
+def _accumulate_at_once(config: dict) -> dict:
+    """With bf16, add each gradient to its fp32 sum when it is computed, unless the config says otherwise.
+
+    By default BF16_Optimizer of DeepSpeed 0.19 does so after a backward pass, and the gradient of a weight that is tied
+    over stages comes out wrong (tests/test_parity.py). Added at once, gradients can also be sent while others are computed.
+    """
+    key = next((key for key in ("bf16", "bfloat16") if (config.get(key) or {}).get("enabled")), None)
+    return {**config, key: {"immediate_grad_update": True, **config[key]}} if key else config
 
 
 def _groups(trainable: list[torch.nn.Parameter]) -> list:

@@ -70,7 +70,7 @@ _CELLS = {
     "ZeRO-2": {"engine": "plain", "config": {**_BASE, "zero_optimization": {"stage": 2}}},
     "PP fp32": _pipe(2, 1),
     "PP bf16": _pipe(2, 1, **_BF16),
-    "PP bf16 immediate": _pipe(2, 1, bf16={"enabled": True, "immediate_grad_update": True}),
+    "PP bf16 late": _pipe(2, 1, bf16={"enabled": True, "immediate_grad_update": False}),
     "PP ZeRO-1": _pipe(2, 1, zero_optimization={"stage": 1}),
     "PP x TP": _pipe(2, 2),
     "TP": _pipe(1, 2),
@@ -129,6 +129,7 @@ def test_every_method_trains_and_keeps_copies_equal(tmp_path, ranks, names):
             continue
         assert result["sent"]["steps"] == _STEPS and result["sent"]["skipped"] == 0, (name, method)
         assert result["sent"]["sent_bytes"] < result["sent"]["dense_bytes"], (name, method)
-        assert losses != dense, f"{name}, {method}: nothing was compressed"
+        if not (method == "bf16" and "bf16" in name):  # DeepSpeed's own averaging sends bf16 there
+            assert losses != dense, f"{name}, {method}: nothing was compressed"
         if method in ("bf16", "int8"):
             assert sum(losses[-10:]) == pytest.approx(sum(dense[-10:]), rel=0.05), (name, method)

@@ -195,6 +195,19 @@ def test_bf16_stays_close(grid):
     assert results[0]["losses"] == pytest.approx(reference["losses"], rel=0.01)
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_bf16_gradients_of_a_tied_table_are_whole(stage):
+    """One step of plain SGD moves the table as far as in fp32, whichever of DeepSpeed's bf16 optimizers runs."""
+    sgd = {"type": "SGD", "params": {"lr": 4.0}}
+    results = run_on_grid(_train, 2, grid=Grid(2), stage=stage, tie=True, optimizer=sgd, steps=1, dtype="bf16")
+    start = {name: value.float() for name, value in _gather(results, "before").items()}
+    reference = _reference(True, 1, lambda p: torch.optim.SGD(p, lr=4.0), start)
+    name = "model.embed_tokens.weight"
+    moved = _gather(results, "after")[name].float() - start[name]
+    wanted = -4.0 * reference["gradients"][name]
+    assert (moved - wanted).norm() < 0.05 * wanted.norm()
+
+
 @pytest.mark.parametrize("grid", [Grid(2), Grid(1, 1, 2)], ids=str)
 def test_recomputation_changes_nothing(grid):
     plain, again = (

@@ -40,7 +40,7 @@ class Compression(Block):
     overlap: bool = Field(
         True,
         description="Reduce a bucket of gradients while the backward pass computes the next; in stage 0 and pipelines, "
-        "with bf16 under `immediate_grad_update`.",
+        "with bf16 unless `immediate_grad_update` is false.",
     )
     bucket_elements: Positive = Field(
         4_000_000, description="Least number of gradient values that are reduced at once."

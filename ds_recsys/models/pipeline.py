@@ -118,9 +118,13 @@ class RecommenderPipe(PipelineModule):
             parts = keep_tail([int(p) for p in self.parts], self.builder.tail())
         else:
             parts = self._wanted_bounds
-        check_bounds(parts, self.num_stages, self.builder.parameter_counts(), self.builder.tail())
+        self.check_bounds(parts)
         self.parts = parts
         self._set_bounds(start=parts[self.stage_id], stop=parts[self.stage_id + 1])
+
+    def check_bounds(self, bounds: Sequence[int]) -> None:
+        """Raise `UserError` unless the pipe can be cut there."""
+        check_bounds(bounds, self.num_stages, self.builder.parameter_counts(), self.builder.tail())
 
     def _synchronize_tied_weights(self) -> None:
         with (
