@@ -3,6 +3,7 @@
 from ds_recsys.errors import UserError
 
 __all__ = [
+    "AdaptivePartition",
     "Recommender",
     "StepTimeline",
     "Trainer",
@@ -13,6 +14,7 @@ __all__ = [
     "load_config",
 ]
 _HOMES = {
+    "AdaptivePartition": "ds_recsys.balance.adaptive",
     "Recommender": "ds_recsys.serving",
     "StepTimeline": "ds_recsys.timeline",
     "Trainer": "ds_recsys.trainer",

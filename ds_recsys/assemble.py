@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
+import torch
 from transformers import PreTrainedConfig
 
 from ds_recsys.config import Config
@@ -21,6 +22,7 @@ from ds_recsys.data import (
 )
 from ds_recsys.data.cache import cached
 from ds_recsys.errors import UserError
+from ds_recsys.head.split import SplitHead
 from ds_recsys.models import RecommenderPipe, Weights, open_weights, recommender_config, with_title_items
 from ds_recsys.models.weights import CATALOGUE
 from ds_recsys.topology import Grid, dropout_seeds
@@ -116,15 +118,23 @@ def build_pipe(
         grid.deepspeed(),
         weights=weights,
         seed=recsys.seed,
-        partition_method=recsys.partition.method,
+        partition_method=recsys.partition.first_method,
         bounds=bounds,
         activation_checkpoint_interval=recsys.training.activation_checkpoint_interval,
         embedding_dropout=recsys.model.embedding_dropout,
         sequence_parallel=recsys.sequence_parallel,
         cosine_scale=recsys.head.cosine_scale or getattr(model_config, "recsys", {}).get("cosine_scale"),
         sparse_table=recsys.head.sparse_gradients is True,
+        split_head=_split_head(recsys),
         **dropout_seeds(recsys.seed, grid.coordinates().data),
     )
+
+
+def _split_head(recsys: Recsys) -> SplitHead | None:
+    if recsys.head.blocks == 1:
+        return None
+    dtype = recsys.head.compute_dtype
+    return SplitHead(recsys.head.blocks, recsys.training.label_smoothing, dtype and getattr(torch, dtype))
 
 
 def _check_catalogue(weights: Weights, interactions: Interactions) -> None:

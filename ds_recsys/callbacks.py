@@ -75,4 +75,8 @@ def standard_callbacks(recsys) -> list[Callback]:
         from ds_recsys.comm.callback import CompressionCallback
 
         callbacks.append(CompressionCallback())
+    if recsys.partition.measured:
+        from ds_recsys.balance.callback import PartitionCallback
+
+        callbacks.append(PartitionCallback())
     return callbacks

@@ -14,6 +14,8 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 
+from ds_recsys.method_hook import MethodHook
+
 
 def skip_compiled_collectives() -> None:
     """Keep `init_distributed` on CPU from compiling `deepspeed_shm_comm`.
@@ -140,6 +142,18 @@ def inside_backward() -> bool:
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
     """The gradient's memory: of a row-sparse one its rows, coalesced before."""
     return gradient.values() if gradient.is_sparse else gradient
+
+
+def keep_buffer_dtypes(engine) -> None:
+    """Let a stage receive activations of one dtype and send others: its buffers serve all, whatever their dtype is."""
+
+    def allocate_or_extend_buffers(method, index, shape, dtype):
+        buffers = engine._grad_layer_buf
+        if index < len(buffers) and buffers[index].dtype != dtype:
+            buffers[index] = buffers[index].new_empty(0, dtype=dtype)
+        return method(index, shape, dtype)
+
+    MethodHook(engine, "_allocate_or_extend_buffers", allocate_or_extend_buffers)
 
 
 def seed_dropout(engine, step: int) -> None:

@@ -25,7 +25,8 @@ def initialize(*args, **kwargs):
     may hold a "recsys" block and `"auto"` batch sizes; both are checked and resolved before DeepSpeed sees the rest.
     With no capability switched on, the run is bit-equal to plain DeepSpeed. `recsys.timeline.enabled` prints where the
     time of the steps goes; the `StepTimeline` is `engine.step_timeline`. `recsys.compression.method` compresses what goes
-    over the data axis; the `GradientCompression` is `engine.gradient_compression`.
+    over the data axis; the `GradientCompression` is `engine.gradient_compression`. `recsys.partition.method` "profile" or
+    "adaptive" moves layers of a pipeline; the `AdaptivePartition` is `engine.adaptive_partition`.
 
     Raises:
         UserError: one line naming what is wrong in the config.
@@ -44,21 +45,26 @@ def initialize(*args, **kwargs):
     init_distributed()
     if isinstance(config.recsys.threads_per_rank, int):
         torch.set_num_threads(config.recsys.threads_per_rank)
-    idle = sorted(
-        config.recsys.model_fields_set - {"pipe", "data", "tensor", "threads_per_rank", "timeline", "compression"}
-    )
+    known = {"pipe", "data", "tensor", "threads_per_rank", "timeline", "compression"}
+    known |= {"partition"} if config.recsys.partition.measured else set()
+    idle = sorted(config.recsys.model_fields_set - known)
     if idle and torch.distributed.get_rank() == 0:
         logger.warning(f"{config.source}: recsys.{', '.join(idle)} has no effect here: ds_recsys.Trainer reads it")
     model = call.get("model")
     tensor = max(1, model.topology().get_dim("model")) if isinstance(model, PipelineModule) else 1
     config = config.resolve_for_engine(pipe=getattr(model, "num_stages", 1), tensor=tensor)
     initialized = deepspeed.initialize(**call, config=config.deepspeed)
+    _give_targets(initialized[0])
     _compress(initialized[0], config.recsys.compression)
     if config.recsys.timeline.enabled:
         from ds_recsys.timeline.report import ReportedTimeline
 
         engine = initialized[0]
         engine.step_timeline = ReportedTimeline(engine, config.recsys.timeline, "timeline_trace.json")
+    if config.recsys.partition.measured:
+        from ds_recsys.balance.callback import balance_after_steps
+
+        balance_after_steps(initialized[0], config.recsys.partition)
     return initialized
 
 
@@ -81,10 +87,18 @@ def pipeline_engine(pipe, config: dict, compression: Compression | None = None):
         parameters = None
     engine = deepspeed.initialize(model=pipe, optimizer=optimizer, model_parameters=parameters, config=config)[0]
     compat.clip_tied_weights_once(engine)
+    _give_targets(engine)
     if pipe.sparse_table:
         compat.reduce_tied_gradients_by(engine, all_reduce_rows)  # DeepSpeed's own is gloo's; NCCL has no sparse sum
     _compress(engine, compression)
     return engine
+
+
+def _give_targets(engine) -> None:
+    if getattr(engine.module, "split_head", None) is not None:
+        from ds_recsys.models.split_head import give_targets
+
+        give_targets(engine)
 
 
 def _compress(engine, options: Compression | None) -> None:

@@ -26,7 +26,8 @@ def evaluate(
     """Rank every user's held-out item against the whole catalogue. Collective; every rank gets the same figures.
 
     Scores stay on the last stage of each pipeline, one block of items at a time, each tensor rank scoring the items it
-    holds; what crosses data ranks at the end is a few sums and one counter per item.
+    holds; what crosses data ranks at the end is a few sums and one counter per item. With a split head every stage scores
+    the items it holds.
 
     Args:
         engine: a PipelineEngine over a `RecommenderPipe`.
@@ -56,11 +57,13 @@ def evaluate(
         return seen_items(interactions, split, which, users.numpy()) if filter_seen else None
 
     metrics, loss = RankingMetrics(ks, interactions.num_items), torch.zeros(1, dtype=torch.float64)
+    ranks_items = engine.is_last_stage() or engine.module.split_head is not None
+    head = engine.module.head() if ranks_items else None
     for group in _groups(batches, 2 * engine.num_stages):  # enough micro-batches in flight to fill the pipeline
         outputs = compat.forward_only(engine, group, len(group))
-        if not engine.is_last_stage():
+        if not ranks_items:
             continue
-        for ranking in _rankings(engine.module, outputs, group, max(metrics.ks), seen):
+        for ranking in _rankings(engine.module, head, outputs, group, max(metrics.ks), seen):
             metrics.update(ranking.ranks, ranking.items)
             loss += ranking.losses.double().sum().cpu()
     state = torch.cat([loss, metrics.state()])
@@ -80,12 +83,17 @@ def _groups(batches, size):
 
 
 @torch.no_grad()
-def _rankings(pipe, outputs, group, k, seen):
-    """Per micro-batch the `Ranking` of its users; filler rows are left out."""
-    for hidden, (_, (position, target, user)) in zip(outputs, group, strict=True):
+def _rankings(pipe, head, outputs, group, k, seen):
+    """Per micro-batch the `Ranking` of its users; filler rows are left out. Stages without outputs rank what they hold."""
+    for hidden, (_, (position, target, user)) in zip(outputs or [None] * len(group), group, strict=True):
         real = user >= 0
         position, target, user = position[real], target[real], user[real]
-        if len(user):
+        if not len(user):
+            continue
+        states = None
+        if hidden is not None:
             rows = hidden[real.to(hidden.device)]
             states = pipe.head_input(rows[torch.arange(len(user)), position])
-            yield rank_all(states, target.to(states.device), pipe.head(), k, seen(user))
+        if pipe.split_head is not None:
+            states = pipe.to_every_stage(states, len(user))
+        yield rank_all(states, target.to(states.device), head, k, seen(user))

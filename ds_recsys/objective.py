@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ds_recsys.config.schema import Head
+from ds_recsys.errors import UserError
+from ds_recsys.head import split
 from ds_recsys.head.linear_cross_entropy import linear_cross_entropy
 from ds_recsys.head.negatives import InBatchNegatives, PopularityNegatives, UniformNegatives
 from ds_recsys.head.sampled_softmax import gbce, sampled_cross_entropy
@@ -43,6 +45,20 @@ class NextItemLoss:
             compute_dtype=dtype and getattr(torch, dtype),
             kernel=self.options.kernel,
         )
+
+
+class SplitLoss(NextItemLoss):
+    """The same from what the blocks of a split head have added up; smoothing and dtype are those of `pipe.split_head`."""
+
+    def __call__(self, carried: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+        """carried [B, S, H + C] behind the last block; labels and loss as above."""
+        targets, scale = labels
+        if not torch.equal(split.targets_of(carried, self.pipe.split_head), targets):
+            raise UserError(
+                "stages were given different targets: give train_batch the same data on each rank of a pipeline"
+            )
+        losses = split.losses(carried, self.pipe.builder.num_rows, self.pipe.split_head)
+        return losses.sum() * scale.to(torch.float32)
 
 
 class SampledLoss(NextItemLoss):
@@ -88,6 +104,10 @@ class SampledLoss(NextItemLoss):
 
 def next_item_loss(pipe, options: Head, label_smoothing: float, counts: Tensor) -> NextItemLoss:
     """The loss that the "head" block asks for; arguments as in the classes."""
+    if pipe.split_head is not None:
+        if options.loss != "full":
+            raise UserError(f'loss "{options.loss}" does not work with a split head; use "full", or do not split it')
+        return SplitLoss(pipe)
     if options.loss == "full":
         return NextItemLoss(pipe, label_smoothing, options)
     return SampledLoss(pipe, options, counts)

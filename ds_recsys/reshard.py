@@ -16,6 +16,7 @@ from ds_recsys.checkpoint import verify
 from ds_recsys.errors import UserError
 from ds_recsys.models.convert import layer_files, merge_layer
 from ds_recsys.models.shards import Shard
+from ds_recsys.models.slices import overlaps
 from ds_recsys.topology import Grid
 
 NAMES = "recsys_parameters"  # key of the client state: HF names of the optimizer's parameters, group by group
@@ -38,20 +39,26 @@ def load(engine, checkpoint: Path, grid: Grid) -> None:
     verify(checkpoint)
     builder, parameters = engine.module.builder, dict(engine.module.hf_named_parameters())
     own, rank = builder.shards(), builder.tensor.rank
-    tensors = engine.module.hf_state_dict()
+    tensors, rows = engine.module.hf_state_dict(), builder.head_places(parameters)
     for files in layer_files(checkpoint):
         for name, value in merge_layer(files, builder).items():
             if name in tensors:
                 tensors[name].copy_(own[name].take(value, rank) if name in own else value)
+                continue
+            for held, here, there in overlaps(name, len(value), rows) if value.dim() else ():
+                tensors[held][here].copy_(value[there])
     states: dict[str, dict[str, Tensor]] = {}
     for stage in range(grid.pipe):
         files = [_common(checkpoint, stage * grid.tensor + t) for t in range(grid.tensor)]
         pieces = [_optimizer_state(checkpoint, stage * grid.tensor + t, file, grid) for t, file in enumerate(files)]
-        for name in pieces[0].keys() & parameters.keys():
-            full = builder.full_shape(name)
-            states[name] = _merge([piece[name] for piece in pieces], builder.shards(grid.tensor).get(name), full)
-            if name in own:
-                states[name] = {k: own[name].take(v, rank) if v.dim() else v for k, v in states[name].items()}
+        for name in pieces[0]:
+            if name in parameters:
+                states[name] = _whole_state(builder, name, pieces, grid.tensor)
+                if name in own:
+                    states[name] = {k: own[name].take(v, rank) if v.dim() else v for k, v in states[name].items()}
+            elif any(overlaps(name, *builder.full_shape(name)[:1], rows)):
+                state = _whole_state(builder, name, pieces, grid.tensor)
+                _copy_rows(states, name, state, rows, parameters)
     absent = sorted(n for n, p in parameters.items() if p.requires_grad and n not in states)
     if absent:
         raise UserError(f"{checkpoint}: no optimizer state of {absent[0]!r}; resume on the grid that saved it, {grid}")
@@ -66,6 +73,22 @@ def load(engine, checkpoint: Path, grid: Grid) -> None:
         engine.lr_scheduler.load_state_dict(common["lr_scheduler"])
     if hasattr(engine, "gradient_compression"):
         engine.gradient_compression.load(checkpoint)
+
+
+def _whole_state(builder, name: str, pieces: list[dict], tensor: int) -> dict[str, Tensor]:
+    shard = builder.shards(tensor).get(name)
+    return _merge([piece[name] for piece in pieces], shard, builder.full_shape(name))
+
+
+def _copy_rows(states: dict, name: str, state: Mapping[str, Tensor], rows: Mapping, parameters: Mapping) -> None:
+    """The rows of a head that is split in another way here than in the checkpoint, which calls these `name`."""
+    for held, here, there in overlaps(name, len(next(v for v in state.values() if v.dim())), rows):
+        for key, value in state.items():
+            if not value.dim():
+                states.setdefault(held, {})[key] = value
+                continue
+            whole = states.setdefault(held, {}).setdefault(key, value.new_empty(parameters[held].shape))
+            whole[here].copy_(value[there])
 
 
 def _plain(engine) -> bool:

@@ -89,12 +89,13 @@ class Trainer:
             "seed": recsys.seed,
             "train_batch_size": values["train_batch_size"],
         }
-        same_grid = not state or Grid(*state["grid"]) == self.grid
+        self._cut = {"grid": [self.grid.pipe, self.grid.data, self.grid.tensor], "head_blocks": recsys.head.blocks}
+        same_cut = not state or all(state.get(key, 1) == value for key, value in self._cut.items())
         if found:
             checkpoint.check_identity(found, state["identity"], self._identity)
         init_distributed()
         torch.set_num_threads(recsys.threads_per_rank)
-        bounds = state["bounds"] if state and same_grid else recsys.partition.bounds
+        bounds = state["bounds"] if state and same_cut else recsys.partition.bounds
         self.pipe = build_pipe(recsys, model_config, weights, self.grid, bounds)
         counts = torch.from_numpy(train_counts(self.interactions, self.split))
         self.pipe.loss_fn = next_item_loss(self.pipe, recsys.head, recsys.training.label_smoothing, counts)
@@ -116,7 +117,7 @@ class Trainer:
         self.state = {"step": 0, "best": None, "validations_since_best": 0}
         if found:
             self.state = state["training"]
-            if same_grid:
+            if same_cut:
                 checkpoint.load(self.engine, found)
             else:
                 reshard.load(self.engine, found, Grid(*state["grid"]))
@@ -212,13 +213,8 @@ class Trainer:
 
     def export(self, folder: str | Path) -> None:
         """Write the model as a Hugging Face folder with the item catalogue; replaces `folder` when it is whole."""
-        export(
-            self.pipe,
-            folder,
-            item_ids=self.interactions.items,
-            titles=self.interactions.titles,
-            extra_config=self._serving,
-        )
+        log = self.interactions
+        export(self.pipe, folder, item_ids=log.items, titles=log.titles, extra_config=self._serving)
 
     def save(self) -> None:
         """Checkpoint model, optimizer, scheduler, counters, data position and stage bounds, atomically."""
@@ -230,7 +226,7 @@ class Trainer:
             self.state["step"],
             {
                 "identity": self._identity,
-                "grid": [self.grid.pipe, self.grid.data, self.grid.tensor],
+                **self._cut,
                 "bounds": list(self.pipe.parts),
                 "training": self.state,
             },

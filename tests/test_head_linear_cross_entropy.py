@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import run_on_grid
 
-from ds_recsys.head import gemm
+from ds_recsys.head import gemm, softmax
 from ds_recsys.head.blocks import Exponentials
 from ds_recsys.head.linear_cross_entropy import IGNORE, linear_cross_entropy
 from ds_recsys.head.reductions import combine
@@ -124,8 +124,8 @@ def test_frozen_inputs_cost_no_gradient_products(monkeypatch):
     hidden, target, weight, _ = _problem(positions=7)
     want = _results(_reference(hidden, target, weight, None), hidden, weight)
     products = []
-    monkeypatch.setattr(module, "product", lambda *a: products.append("weight") or gemm.product(*a))
-    monkeypatch.setattr(module, "accumulate", lambda *a: products.append("hidden") or gemm.accumulate(*a))
+    monkeypatch.setattr(softmax, "product", lambda *a: products.append("weight") or gemm.product(*a))
+    monkeypatch.setattr(softmax, "accumulate", lambda *a: products.append("hidden") or gemm.accumulate(*a))
     for frozen, kept in ((weight, hidden), (hidden, weight)):
         frozen.requires_grad_(False)
         linear_cross_entropy(hidden, target, HeadShard(weight, len(weight))).backward()
@@ -172,7 +172,7 @@ def test_bf16_sums_in_fp32():
     linear_cross_entropy(hidden, torch.full((4096,), 3), HeadShard(weight, 4)).backward()
     assert weight.grad[3, 0] == -3072 and weight.grad[1, 0] == 1024
     table = torch.full((2, 1), -4096.0, dtype=torch.bfloat16)
-    module._add_rows(table, torch.ones(4096, dtype=torch.int64), torch.full((4096, 1), 1.00390625 - 2**-14))
+    softmax._add_rows(table, torch.ones(4096, dtype=torch.int64), torch.full((4096, 1), 1.00390625 - 2**-14))
     assert table[0, 0] == -4096 and 15 < table[1, 0] < 16.5  # of bf16 values: 0
 
 

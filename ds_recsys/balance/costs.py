@@ -16,6 +16,8 @@ class LayerCost:
         optimizer_bytes: fp32 masters and moments on one rank.
         activation_bytes: kept for the backward pass by each micro-batch in flight, the layer's input among them.
         boundary_bytes: of the tensor that leaves it, should a stage end after it; the gradient that comes back is as large.
+        needed: what every stage must hold one layer with, such as a parameter in each of the optimizer's groups.
+        joined: whether it must be on the stage of the layer before it.
     """
 
     forward: float
@@ -25,6 +27,8 @@ class LayerCost:
     optimizer_bytes: int = 0
     activation_bytes: int = 0
     boundary_bytes: int = 0
+    needed: frozenset[str] = frozenset()
+    joined: bool = False
 
     def __post_init__(self):
         _check(self)
@@ -189,5 +193,5 @@ def _memory(layers, in_flight: int) -> int:
 def _check(cost) -> None:
     for field in fields(cost):
         value = getattr(cost, field.name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{field.name} of a {type(cost).__name__} is {value}, neither zero nor a positive number")

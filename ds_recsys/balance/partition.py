@@ -12,9 +12,9 @@ from ds_recsys.errors import UserError
 def partition(costs: PipelineCosts, micro_batches: int) -> list[int]:
     """Bounds of the cut with the least `predict(costs, bounds, micro_batches).step_seconds`: stage s holds [b[s], b[s + 1]).
 
-    Every stage gets a trainable layer (ZeRO breaks without) and stays within its memory limit. Of the cuts within 1e-9 of
-    the least, the one with the fewest bytes across hosts, and of those the lexicographically smallest: ranks that have the
-    same costs find the same cut.
+    Every stage gets a trainable layer (ZeRO breaks without) and what else is `needed`, and stays within its memory limit.
+    Of the cuts within 1e-9 of the least, the one with the fewest bytes across hosts, and of those the lexicographically
+    smallest: ranks that have the same costs find the same cut.
 
     Raises:
         UserError: no cut has that; the message names the stage whose memory is short and by how much.
@@ -55,6 +55,12 @@ def _why_none(costs: PipelineCosts, micro_batches: int) -> str:
     spans = all_spans(costs, micro_batches)
     short = shortfall(costs, micro_batches, spans)
     cut = spans.best_cut(np.maximum(short, 0), np.maximum)
+    if cut is None:
+        needed = ", ".join(sorted(frozenset().union(*(layer.needed for layer in costs.layers))))
+        return (
+            f"no cut of {costs.num_layers} layers gives each of {costs.num_stages} stages a layer with what it needs "
+            f"({needed}): use fewer stages, or one parameter group"
+        )
     stage = int(short[cut].argmax())
     missing, limit = short[cut][stage], costs.stages[stage].memory_limit
     return (

@@ -94,7 +94,7 @@ class Spans:
 
 
 def all_spans(costs: PipelineCosts, micro_batches: int, quantum: float | None = None) -> Spans:
-    """Those that hold a trainable layer and leave one to each of the other stages, whatever memory they take.
+    """Those that hold a trainable layer and all that is `needed`, and leave a layer to each other stage, at any memory.
 
     Args:
         quantum: seconds of layers, transfers and updates are rounded to multiples of it, which makes sums of them exact
@@ -141,13 +141,18 @@ def shortfall(costs: PipelineCosts, micro_batches: int, spans: Spans) -> np.ndar
 
 
 def _allowed(costs: PipelineCosts) -> np.ndarray:
-    """[S, L + 1, L + 1]: which spans hold a trainable layer and leave one to each of the other stages."""
+    """[S, L + 1, L + 1]: which spans hold what they must and leave a trainable layer to each of the other stages."""
     trainable = _prefix(_of_layers(costs, "trainable_bytes") > 0)
     stage = np.arange(costs.num_stages)[:, None]
     starts = (trainable >= stage) & (stage > 0)
     stops = (trainable[-1] - trainable >= costs.num_stages - 1 - stage) & (stage < costs.num_stages - 1)
     starts[0, 0] = stops[-1, -1] = True
-    return starts[:, :, None] & stops[:, None, :] & (trainable[None, None, :] > trainable[None, :, None])
+    apart = np.array([not layer.joined for layer in costs.layers] + [True])
+    holds = (trainable[None, :] > trainable[:, None]) & apart[:, None] & apart[None, :]
+    for need in sorted(frozenset().union(*(layer.needed for layer in costs.layers))):
+        found = _prefix([need in layer.needed for layer in costs.layers])
+        holds &= found[None, :] > found[:, None]
+    return starts[:, :, None] & stops[:, None, :] & holds[None]
 
 
 def _of_layers(costs: PipelineCosts, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from ds_recsys.comm.schedule import Slot, in_turn
 from ds_recsys.comm.transport import Transport
 
 CHUNK_BYTES = 256 * 1024
-DEPTH = 1
+DEPTH = 2
 PLANS_KEPT = 64
 
 

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_recsys.comm.aggregation import DEPTH, PLANS_KEPT, gathers, sum_up
+from ds_recsys.comm.aggregation import PLANS_KEPT, gathers, sum_up
 from ds_recsys.comm.layout import Chunk, Part, plan
 from ds_recsys.comm.payload import Codec
 from ds_recsys.comm.schedule import Slot, in_turn
 from ds_recsys.comm.transport import Transport
 
 CHUNK_BYTES = 1024 * 1024  # of a message between hosts; the messages within one are several times as large
+DEPTH = 1
 
 
 def neighbours(hosts: list[int], rank: int) -> tuple[list[int], list[int]]:

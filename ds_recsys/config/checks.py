@@ -34,14 +34,29 @@ def check_file(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> Non
         if block and not isinstance(block.get("params", {}), dict):
             raise UserError(f'{source}: "{name}.params" is {block["params"]!r}; give an object')
     check_bounds(recsys.partition.bounds, recsys.pipe, None, source)
+    if recsys.head.blocks > 1 and recsys.tensor > 1:
+        raise UserError(
+            f'{source}: "recsys.head.blocks" {recsys.head.blocks} does not work with "recsys.tensor" {recsys.tensor}, whose '
+            "ranks share the head already; set one of them to 1"
+        )
+    if recsys.head.blocks > 1 and recsys.model.tie:
+        raise UserError(
+            f'{source}: "recsys.head.blocks" {recsys.head.blocks} needs a head of its own, and "recsys.model.tie" is true; '
+            "change one of them"
+        )
     _check_compression(deepspeed, recsys, source)
-    if recsys.model.num_layers is not None and recsys.model.num_layers < recsys.pipe:
+    if recsys.model.num_layers is not None and recsys.model.num_layers + _head_layers(recsys) < recsys.pipe:
         raise UserError(
             f'{source}: "recsys.model.num_layers" {recsys.model.num_layers} is less than "recsys.pipe" {recsys.pipe}: '
             "a stage would be empty; lower pipe or raise num_layers"
         )
     if recsys.model.config is not None:
         check_model(recsys, recsys.model.config, source)
+
+
+def _head_layers(recsys: Recsys) -> int:
+    """Layers of the head that can be a stage without a decoder layer."""
+    return recsys.head.blocks if recsys.head.blocks > 1 else 0
 
 
 def _check_compression(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> None:
@@ -125,7 +140,7 @@ def check_model(recsys: Recsys, model_config: Any, source: str) -> None:
     """Layers against stages, width against heads, heads against `tensor`; `model_config`: an HF config or its dict."""
     layers, hidden, heads = (_number(model_config, names) for names in (_LAYERS, _HIDDEN, _HEADS))
     layers = recsys.model.num_layers if recsys.model.num_layers is not None else layers
-    if layers is not None and layers < recsys.pipe:
+    if layers is not None and layers + _head_layers(recsys) < recsys.pipe:
         raise UserError(
             f'{source}: the model has {layers} decoder layer(s), fewer than "recsys.pipe" {recsys.pipe} stages; '
             "lower pipe or use a deeper model"

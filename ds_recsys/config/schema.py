@@ -6,30 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ds_recsys.config.base import Auto, Block, NonNegative, Positive
 from ds_recsys.config.compression import Compression
-
-
-class Partition(Block):
-    """How the layers are cut into pipeline stages."""
-
-    method: str = Field(
-        "parameters",
-        description='What is balanced over the stages: `"parameters"` (trainable parameters), `"uniform"` (layers) or '
-        '`"type:REGEX"` (layers whose class name matches), as in DeepSpeed\'s PipelineModule.',
-    )
-    bounds: list[NonNegative] | None = Field(
-        None,
-        description="The cuts themselves, in place of `method`: stage s holds pipeline layers bounds[s] to "
-        "bounds[s+1] - 1, so there are `pipe` + 1 values, the first 0, the last the number of pipeline layers.",
-    )
-
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, value: str) -> str:
-        if value.startswith("type:") and len(value) > len("type:"):
-            return value
-        if value not in ("parameters", "uniform"):
-            raise ValueError('not a method; give "parameters", "uniform" or "type:REGEX"')
-        return value
+from ds_recsys.config.partition import Partition
 
 
 class Columns(Block):
@@ -187,6 +164,11 @@ class Head(Block):
         description="`full` only, on one CUDA device per table: `liger` (Liger-Kernel) or `cce` (cut-cross-entropy) in place "
         'of our own; `"auto"` takes what is installed and fits.',
     )
+    blocks: Positive = Field(
+        1,
+        description="Cut the head into that many pipeline layers, which stages can share; `full` only, for a model whose head "
+        "is not tied to the item embedding.",
+    )
     sparse_gradients: bool | Auto = Field(
         "auto",
         description="Gradients of the item table as rows, with an optimizer that touches only those; `sampled` and `gbce` "
@@ -201,6 +183,11 @@ class Head(Block):
             raise ValueError(f'{", ".join(given)} has no meaning with loss "full"; choose "sampled" or "gbce"')
         if self.loss != "full" and (self.kernel != "torch" or self.compute_dtype):
             raise ValueError(f'kernel and compute_dtype have no meaning with loss "{self.loss}"; remove them')
+        if self.blocks > 1 and (self.loss != "full" or self.kernel != "torch"):
+            raise ValueError(
+                f'blocks {self.blocks} needs loss "full" and kernel "torch", not "{self.loss}" and "{self.kernel}"; change '
+                "them, or leave blocks out"
+            )
         if self.loss == "full" and self.sparse_gradients is True:
             raise ValueError('sparse_gradients true needs loss "sampled" or "gbce": the full softmax touches every row')
         return self

@@ -184,7 +184,7 @@ class _Place:
     def _homes(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Block -> (users whose target is in it, the targets' columns)."""
         local, mine = self.stream.head.local(self.target)
-        starts = torch.tensor([start for start, _ in self.stream.bounds], device=local.device)
+        starts = torch.tensor([start for start, _ in self.stream.bounds], dtype=torch.int64, device=local.device)
         users = mine.nonzero()[:, 0]
         blocks = torch.searchsorted(starts, local[users], right=True) - 1
         return {

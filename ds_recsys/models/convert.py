@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from ds_recsys.errors import UserError
 from ds_recsys.models.folder import put_in_place, set_dtype, write_index
+from ds_recsys.models.slices import joined, parse
 from ds_recsys.models.specs import ModelBuilder
 from ds_recsys.models.weights import CATALOGUE
 
@@ -40,10 +41,13 @@ def convert_checkpoint(checkpoint: str | Path, description: str | Path, out_dir:
     partial.mkdir(parents=True)
     for name in ("config.json", CATALOGUE):
         shutil.copyfile(description / name, partial / name)
-    index, dtype = {}, None
+    index, dtype, rows = {}, None, {}
     builder = ModelBuilder(AutoConfig.from_pretrained(description))
     for number, files in enumerate(layers, start=1):
         tensors = merge_layer(files, builder)
+        rows |= {name: tensors.pop(name) for name in list(tensors) if parse(name)[1] is not None}
+        if number == len(layers):  # a split head is one tensor again
+            tensors |= joined(rows)
         if not tensors:
             continue
         file = f"model-{number:05d}-of-{len(layers):05d}.safetensors"

@@ -14,6 +14,7 @@ from ds_recsys.errors import UserError
 from ds_recsys.models.folder import put_in_place, set_dtype, write_description, write_index
 from ds_recsys.models.pipeline import RecommenderPipe
 from ds_recsys.models.shards import Shard
+from ds_recsys.models.slices import joined, parse
 from ds_recsys.topology import TensorAxis
 
 
@@ -84,18 +85,36 @@ def export(
 def stage_tensors(pipe: RecommenderPipe) -> dict[str, Tensor]:
     """What this stage writes: HF name -> whole tensor on the host; a tied table belongs to the first stage.
 
-    Collective over the tensor axis; ranks other than its first get nothing.
+    Collective over the tensor axis; ranks other than its first get nothing. The rows of a split head go to the last stage.
     """
     shards, axis = pipe.builder.shards(), pipe.builder.tensor
-    tensors = {}
+    tensors = joined(_rows_on_last_stage(pipe)) if pipe.split_head is not None else {}
     for name, tensor in pipe.hf_state_dict().items():
-        if name == pipe.builder.skeleton.table_name and not pipe.is_first_stage:
+        if parse(name)[1] is not None or (name == pipe.builder.skeleton.table_name and not pipe.is_first_stage):
             continue
         if name in shards:
             tensor = gather(tensor.detach(), shards[name], pipe.builder.full_shape(name), axis)
         if axis.rank == 0:
             tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
+
+
+def _rows_on_last_stage(pipe: RecommenderPipe) -> dict[str, Tensor]:
+    """The rows of a split head by name, on the host of the last stage; collective over the pipeline."""
+    grid, last = pipe.mpu(), pipe.num_stages - 1
+    mine = {n: t.detach().contiguous() for n, t in pipe.hf_state_dict().items() if parse(n)[1] is not None}
+    if not pipe.is_last_stage:
+        for tensor in mine.values():
+            dist.send(tensor, dst=grid.stage_to_global(last))
+        return {}
+    rows = {name: tensor.cpu() for name, tensor in mine.items()}
+    for place in range(pipe.builder.split_head.blocks):
+        stage = pipe.stage_owner(pipe.parts[-1] - pipe.builder.split_head.blocks + place)
+        for name in pipe.builder.row_names(place) if stage != last else ():
+            tensor = next(pipe.parameters()).new_empty(pipe.builder.full_shape(name), requires_grad=False)
+            dist.recv(tensor, src=grid.stage_to_global(stage))
+            rows[name] = tensor.cpu()
+    return rows
 
 
 def gather(tensor: Tensor, shard: Shard, full: tuple[int, ...], axis: TensorAxis) -> Tensor | None:

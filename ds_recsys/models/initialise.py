@@ -83,6 +83,23 @@ def fill_layer(
     return missing
 
 
+def leave_empty(
+    layer: "PipelineLayer", skeleton: "Skeleton", dtype: torch.dtype, shards: Mapping[str, Shard], rank: int
+) -> None:
+    """Replace the meta parameters of `layer` by parameters of any values; of those in `shards` the part of `rank`."""
+    memo: dict[int, nn.Parameter] = {}
+    for prefix, module in layer.named_modules():
+        for attr, meta in module._parameters.items():
+            if meta is None:
+                continue
+            if id(meta) not in memo:
+                shard = shards.get(skeleton.aliases[f"{prefix}.{attr}"])
+                part = meta.detach() if shard is None else shard.take(meta.detach(), rank)
+                empty = torch.empty(part.shape, dtype=dtype if meta.is_floating_point() else meta.dtype)
+                memo[id(meta)] = nn.Parameter(empty, meta.requires_grad)
+            module._parameters[attr] = memo[id(meta)]
+
+
 @torch.no_grad()
 def _initialise(layer: "PipelineLayer", skeleton: "Skeleton", missing: set[str], seed: int) -> None:
     params = dict(layer.named_parameters())

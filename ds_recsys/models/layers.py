@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from ds_recsys.head.row_sparse import own_gradient
+from ds_recsys.models.shards import Shard
 from ds_recsys.regions import gather_from_region, reduce_from_region, split_sequence
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ class PipelineLayer(nn.Module):
         for name in parameters:
             attach(self, name, nn.Parameter(skeleton.outer[name], skeleton.outer[name].requires_grad))
         builder.fill(self)
+
+    def parts(self) -> tuple[dict[str, Shard], int]:
+        """(HF name -> how a parameter is cut, which of the parts this layer holds); the others it holds whole."""
+        return self.builder.shards(), self.builder.tensor.rank
 
     def hf_parameters(self) -> dict[str, nn.Parameter]:
         """HF name -> parameter."""

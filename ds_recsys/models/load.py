@@ -3,6 +3,7 @@
 import torch
 
 from ds_recsys.models.pipeline import RecommenderPipe
+from ds_recsys.models.slices import parse
 from ds_recsys.models.weights import Weights
 
 
@@ -13,9 +14,9 @@ def load_weights(pipe: RecommenderPipe, weights: Weights) -> None:
     An optimizer keeps its own fp32 copies, so training on from here needs a new engine.
     """
     builder = pipe.builder
-    source, shards = weights.bind(builder.skeleton), builder.shards()
+    source = weights.bind(builder.skeleton)
     for name, tensor in pipe.hf_state_dict().items():
-        part = (shards[name], builder.tensor.rank) if name in shards else None
-        value = source.get(name, builder.full_shape(name), optional=True, part=part)
+        whole = parse(name)[0]
+        value = source.get(whole, builder.full_shape(whole), optional=True, part=builder.part(name))
         if value is not None:
             tensor.copy_(value)

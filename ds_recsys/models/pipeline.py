@@ -1,6 +1,7 @@
 """The recommender as a DeepSpeed PipelineModule: HF layers, one float tensor per boundary, hidden states out."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from deepspeed.pipe import PipelineModule
@@ -10,10 +11,12 @@ from transformers import PreTrainedConfig
 
 from ds_recsys.errors import UserError
 from ds_recsys.head.shard import HeadShard
+from ds_recsys.head.split import SplitHead
 from ds_recsys.models.layers import Block, ItemTable, PipelineLayer
 from ds_recsys.models.specs import TIED_KEY, ModelBuilder
+from ds_recsys.models.split_head import HeadEntry, stage_rows
 from ds_recsys.models.weights import Weights
-from ds_recsys.topology import TensorAxis
+from ds_recsys.topology import ALONE, TensorAxis
 
 
 class RecommenderPipe(PipelineModule):
@@ -25,7 +28,7 @@ class RecommenderPipe(PipelineModule):
         weights: pretrained weights, or None for random ones; either way a stage makes its own layers only.
         seed: of the random initialisation; values depend on (seed, HF name), not on the grid.
         partition_method: "parameters", "uniform" or "type:REGEX" (on `Block`, `ItemTable`, `Prologue`, `Epilogue`,
-            `Head`).
+            `Head` or `HeadEntry` and `HeadRows`).
         bounds: first layer of each stage and the number of layers, in place of `partition_method`.
         activation_checkpoint_interval: recompute every that many layers in backward; 0: keep activations.
         dtype: of the parameters as built; DeepSpeed casts for bf16 itself.
@@ -33,11 +36,13 @@ class RecommenderPipe(PipelineModule):
         sequence_parallel: split the activations between the blocks over the tensor axis; lengths must divide by it.
         cosine_scale: scores are this times the cosine of hidden state and item, in place of the head's own dot product.
         sparse_table: the item table gets row-sparse gradients from lookups; for sampled losses.
+        split_head: make several layers of the head; needs an engine of `pipeline_engine` and the loss of `next_item_loss`.
         pipe_options: `loss_fn`, `seed_layers`, `base_seed`, `dynamic_shape` ... of DeepSpeed's PipelineModule.
 
     A mixture of experts trains on the next-item loss alone: the auxiliary router losses of HF's forward are not added.
 
-    Input of the first stage: ids [B, S] int64. Output of the last: hidden states [B, S, H]; `loss_fn` gets those.
+    Input of the first stage: ids [B, S] int64. Output of the last: hidden states [B, S, H]; `loss_fn` gets those, with
+    what `ds_recsys.head.split` puts behind them where the head is split.
 
     Raises:
         UserError: model type that cannot be cut, bounds that do not fit, a stage without parameters.
@@ -58,6 +63,7 @@ class RecommenderPipe(PipelineModule):
         sequence_parallel: bool = False,
         cosine_scale: float | None = None,
         sparse_table: bool = False,
+        split_head: SplitHead | None = None,
         loss_fn: Callable | None = None,
         **pipe_options,
     ):
@@ -70,6 +76,7 @@ class RecommenderPipe(PipelineModule):
             sequence_parallel=sequence_parallel,
             cosine_scale=cosine_scale,
             sparse_table=sparse_table,
+            split_head=split_head,
         )
         # nn.Module refuses attributes before its __init__, which only runs inside PipelineModule's; these are no
         # modules.
@@ -126,6 +133,11 @@ class RecommenderPipe(PipelineModule):
         """Raise `UserError` unless the pipe can be cut there."""
         check_bounds(bounds, self.num_stages, self.builder.parameter_counts(), self.builder.tail())
 
+    def joined_layers(self) -> set[int]:
+        """Places in the list that must be on the stage of the place before."""
+        places = len(self.builder.specs())
+        return set(range(places - self.builder.tail() + 1, places))
+
     def _synchronize_tied_weights(self) -> None:
         with (
             torch.no_grad()
@@ -133,13 +145,20 @@ class RecommenderPipe(PipelineModule):
             super()._synchronize_tied_weights()
 
     def _is_checkpointable(self, funcs: list) -> bool:
-        """Recompute decoder layers; never the item table, whose input has no gradient."""
-        return any(isinstance(f, Block) for f in funcs) and not any(isinstance(f, ItemTable) for f in funcs)
+        """Recompute decoder layers; never the item table, whose input has no gradient, nor what takes in the targets."""
+        return any(isinstance(f, Block) for f in funcs) and not any(
+            isinstance(f, (ItemTable, HeadEntry)) for f in funcs
+        )
 
     @property
     def sparse_table(self) -> bool:
         """Whether the item table gets row-sparse gradients."""
         return self.builder.sparse_table
+
+    @property
+    def split_head(self) -> SplitHead | None:
+        """How the head is split into layers."""
+        return self.builder.split_head
 
     def local_layers(self) -> Iterator[tuple[str, PipelineLayer]]:
         """(name in this module, layer) of every layer of this stage, a tied table once."""
@@ -174,17 +193,43 @@ class RecommenderPipe(PipelineModule):
         """Scores of all items for hidden states of any leading shape, on the last stage: [..., H] -> [..., I+1].
 
         On a tensor axis: of the items this rank holds, [..., rows]. Losses and rankings do not need all scores at once:
-        they take `head` and `head_input`.
+        they take `head` and `head_input`. So does who wants scores of a split head.
         """
+        if self.split_head is not None:
+            raise UserError(
+                "the rows of a split head are on several stages, so none has all scores: rank with pipe.head()"
+            )
         return self.builder.logits(hidden, self._tail(), self.training)
 
     def head(self) -> HeadShard:
-        """This rank's rows of the item head, on the last stage."""
-        return self.builder.head(self._tail())
+        """This rank's rows of the item head, on the last stage; of a split head on every stage, in new memory.
+
+        The ranks of the shard's axis hold the other rows: of the tensor axis, or the stages of a split head.
+        """
+        if self.split_head is None:
+            return self.builder.head(self._tail())
+        axis = ALONE
+        if self.num_stages > 1:
+            axis = TensorAxis(self._grid.get_pipe_parallel_group(), self.num_stages, self.stage_id)
+        like = next(self.parameters()).detach()
+        return replace(stage_rows(self.builder, self.forward_funcs, like), axis=axis)
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """What the item rows are multiplied with: the hidden states, or HF's transform of them. [..., H] -> [..., E]."""
-        return self.builder.head_input(hidden, self._tail(), self.training)
+        """What the item rows are multiplied with: the hidden states, or HF's transform of them. [..., H] -> [..., E].
+
+        With a split head the last stage puts out the transform, so that nothing is left to do.
+        """
+        return hidden if self.split_head is not None else self.builder.head_input(hidden, self._tail(), self.training)
+
+    def to_every_stage(self, states: Tensor | None, count: int) -> Tensor:
+        """[count, E] of the last stage, on all of them; the others give None. Collective over the pipeline."""
+        if states is None:
+            like = next(self.parameters())
+            states = like.new_empty(count, self.builder.head_width, requires_grad=False)
+        if self.num_stages > 1:
+            source = self._grid.stage_to_global(self.num_stages - 1)
+            torch.distributed.broadcast(states, source, group=self._grid.get_pipe_parallel_group())
+        return states
 
     def _tail(self) -> list[PipelineLayer]:
         assert self.is_last_stage, f"the head lives on the last stage, this is stage {self.stage_id}"

@@ -1,0 +1,92 @@
+"""From what stages measured to what layers and devices cost: seconds of a layer = its cost x its device's slowdown. Pure."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+_ROUNDS = 50
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Forward and backward seconds of one layer per token, measured on a device whose slowdown is not known yet."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Costs of the layers on the reference device, the fastest one, and each stage's slowdown against it.
+
+    Attributes:
+        layers: by pipeline layer, seconds per token.
+        slowdowns: by stage, 1.0 or more.
+    """
+
+    layers: tuple[LayerTimes, ...]
+    slowdowns: tuple[float, ...]
+
+
+def replicas(times: Sequence[float]) -> tuple[float, float]:
+    """Of one stage's replicas: (the median, which is what its work costs, the largest, which is what the others wait for)."""
+    return median(times), max(times)
+
+
+def estimate(
+    measured: Mapping[int, LayerTimes], kinds: Sequence, bounds: Sequence[int], stage_seconds: Sequence[float]
+) -> Estimate:
+    """Tell layers that cost more from devices that are slower.
+
+    Layers of one kind, such as the decoder blocks, cost the same everywhere, so what they take on different stages
+    compares the devices. A stage with no kind in common with another is taken to be as fast as the reference. What a
+    stage takes as a whole is measured at every step and its layers only now and then: the difference is its device's.
+
+    Args:
+        measured: by layer, all of them; zero for one that takes no time.
+        kinds: of each layer, anything that compares.
+        bounds: of the stages when `measured` and `stage_seconds` were.
+        stage_seconds: forward and backward per token of each whole stage, now.
+    """
+    stage_of = [stage for stage, start in enumerate(bounds[:-1]) for _ in range(start, bounds[stage + 1])]
+    speeds = _slowdowns({n: times.total for n, times in measured.items()}, kinds, stage_of, len(bounds) - 1)
+    layers = [
+        LayerTimes(measured[n].forward / speeds[stage], measured[n].backward / speeds[stage])
+        for n, stage in enumerate(stage_of)
+    ]
+    now = []
+    for stage, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        work = sum(layer.total for layer in layers[start:stop])
+        now.append(stage_seconds[stage] / work if work else 1.0)
+    fastest = min(now)
+    return Estimate(
+        tuple(LayerTimes(layer.forward * fastest, layer.backward * fastest) for layer in layers),
+        tuple(slowdown / fastest for slowdown in now),
+    )
+
+
+def _slowdowns(seconds: Mapping[int, float], kinds: Sequence, stage_of: Sequence[int], stages: int) -> list[float]:
+    """By stage, up to a common factor: least squares of log(seconds) = log(cost of the kind) + log(slowdown)."""
+    timed = [(kinds[n], stage, math.log(seconds[n])) for n, stage in enumerate(stage_of) if seconds[n] > 0]
+    stages_of_kind: dict = {}
+    for kind, stage, _ in timed:
+        stages_of_kind.setdefault(kind, set()).add(stage)
+    shared = [row for row in timed if len(stages_of_kind[row[0]]) > 1]
+    slow = [0.0] * stages
+    for _ in range(_ROUNDS):
+        costs = {
+            kind: fmean(value - slow[stage] for other, stage, value in shared if other == kind)
+            for kind in {row[0] for row in shared}
+        }
+        for stage in range(stages):
+            found = [value - costs[kind] for kind, other, value in shared if other == stage]
+            if found:
+                slow[stage] = fmean(found)
+    compared = {stage for _, stage, _ in shared}
+    least = min((slow[stage] for stage in compared), default=0.0)
+    return [math.exp(slow[stage] - least) if stage in compared else 1.0 for stage in range(stages)]

@@ -1,0 +1,101 @@
+"""Parts "nothing" and "pause" of bench.py balance: what watching costs where nothing is wrong, and what a move costs."""
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from benchmarks.balance_job import Pipeline
+from benchmarks.repeats import interleaved
+
+JITTER = 0.1  # of a device's speed, up or down
+_JITTER_SECONDS = 0.5  # between two changes
+_SETTLING = 5  # steps after `watch`, of which the second to the fourth time single layers
+_CHUNK = 50  # steps
+
+
+def overhead(pipeline: Pipeline, rounds: int, steps: int) -> Iterator[dict]:
+    """Rows of kind "overhead": the same steps with and without an `AdaptivePartition`, in turns, in one engine.
+
+    The arm without goes twice, which shows what two equal arms differ by. Each starts with steps that do not count.
+    """
+    settle(pipeline)
+
+    def arm(watched: bool):
+        def run() -> dict:
+            if watched:
+                pipeline.watch()
+            pipeline.steps(_SETTLING, timeline=False)
+            row = pipeline.steps(steps, timeline=False)
+            moves = pipeline.unwatch()["moves"] if watched else []
+            return {**row, "moves": moves}
+
+        return run
+
+    arms = {"off": arm(False), "on": arm(True), "off again": arm(False)}
+    for row in interleaved(arms, rounds, warmup=0, progress="overhead"):
+        yield {"kind": "overhead", **row}
+
+
+def jitter(pipeline: Pipeline, steps: int, seed: int = 0) -> Iterator[dict]:
+    """Rows of kind "jitter", one for some steps each: all devices' speeds change at random while one partition watches."""
+    settle(pipeline)
+    pipeline.watch()
+    with _jittered(pipeline, random.Random(seed)) as changes:
+        for start in range(0, steps, _CHUNK):
+            before = len(changes)
+            row = pipeline.steps(min(_CHUNK, steps - start), timeline=False)
+            yield {"kind": "jitter", "start": start, "jitter": JITTER, "changes": len(changes) - before, **row}
+    pipeline.unwatch()
+
+
+def pause(pipeline: Pipeline, repeats: int) -> Iterator[dict]:
+    """Rows of kind "pause": the same change of bounds by `migrate`, there and back, and by a checkpoint.
+
+    One boundary after the other goes a layer to the left, so that every stage but the first gets one.
+    """
+    here = pipeline.facts["cuts"]["parameters"]
+    there = [here[0], *(bound - 1 for bound in here[1:-1]), here[-1]]
+    pipeline.cut(here)
+
+    def migration(bounds: list[int], back: list[int]):
+        def run() -> dict:
+            pipeline.cut(back)
+            return pipeline.cut(bounds)
+
+        return run
+
+    def checkpoint() -> dict:
+        pipeline.cut(here)
+        parts = pipeline.reload(there)
+        return {"seconds": sum(parts.values()), **parts}
+
+    arms = {"migrate": migration(there, here), "migrate back": migration(here, there), "reload": checkpoint}
+    for row in interleaved(arms, repeats, warmup=0, progress="pause"):
+        yield {"kind": "pause", "bounds": [here, there], **row}
+
+
+def settle(pipeline: Pipeline) -> None:
+    """Cut it as the profile finds best, so that there is nothing to be gained."""
+    pipeline.cut(pipeline.facts["cuts"]["parameters"])
+    pipeline.cut(pipeline.costs(most=1)["cuts"][0]["bounds"])
+
+
+@contextmanager
+def _jittered(pipeline: Pipeline, generator: random.Random):
+    """Every device's speed is drawn anew, over and over, in a thread; yields the list of what was set."""
+    even, done, changes = list(pipeline.speeds), threading.Event(), []
+
+    def change() -> None:
+        while not done.wait(_JITTER_SECONDS):
+            pipeline.speed([speed * (1 + generator.uniform(-JITTER, JITTER)) for speed in even])
+            changes.append(list(pipeline.speeds))
+
+    thread = threading.Thread(target=change, daemon=True)
+    thread.start()
+    try:
+        yield changes
+    finally:
+        done.set()
+        thread.join()
+        pipeline.speed(even)
