@@ -1,4 +1,4 @@
-"""Package metadata; the tests run on the first version of each range's comment."""
+"""Package metadata: ranges for users, and the versions that the tests run on in the extra "test"."""
 
 from setuptools import find_packages, setup
 
@@ -11,11 +11,11 @@ setup(
     packages=find_packages(include=["ds_recsys", "ds_recsys.*"]),
     package_data={"ds_recsys.comm.kernels": ["*.c", "*.h"]},
     install_requires=[
-        "torch>=2.9,<3",  # 2.13.0
-        "deepspeed>=0.19.8,<0.20",  # 0.19.8
-        "transformers>=5.23,<6",  # 5.23.0
-        "datasets>=5.2,<6",  # 5.2.0
-        "accelerate>=1.15,<2",  # 1.15.0
+        "torch>=2.9,<3",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.23,<6",
+        "datasets>=5.2,<6",
+        "accelerate>=1.15,<2",
         "safetensors>=0.5",
         "gguf>=0.17",
         "pydantic>=2.10,<3",
@@ -28,5 +28,15 @@ setup(
         "matplotlib>=3.8",
         "setuptools",  # DeepSpeed's op builders import it
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6", "torchmetrics>=1.4"]},
+    extras_require={
+        "test": [
+            "deepspeed==0.19.8",
+            "transformers==5.23.0",
+            "datasets==5.2.0",
+            "accelerate==1.15.0",
+            "pytest>=8",
+            "hypothesis>=6",
+            "torchmetrics>=1.4",
+        ]
+    },
 )
