@@ -169,10 +169,11 @@ def test_mistakes_are_one_line():
     run_on_grid(_mistakes, 1)
 
 
-def _recommender(folder, name, steps, resume, heavy):
+def _recommender(folder, name, steps, resume, heavy, tie=True):
     """A Trainer whose last stage gets slow: (bounds, losses), and what its checkpoint says."""
     block = {"method": "adaptive", "min_gain": 0.1}
     values = config(partition=block, training={"steps": steps, "eval_every_epochs": 0}, checkpoint={"every_steps": 10})
+    values["recsys"]["model"]["tie"] = tie
     trainer = ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=folder / name, resume=resume)
     first = list(trainer.pipe.parts)
     if heavy and trainer.pipe.is_last_stage:
@@ -191,6 +192,14 @@ def test_a_trainer_moves_layers_and_a_run_resumes_at_its_bounds(tmp_path):
     assert state["bounds"] == moved and (tmp_path / "run/balance.png").exists()
     resumed, _ = run_on_grid(_recommender, 2, folder=tmp_path, name="run", steps=22, resume=True, heavy=False)[0]
     assert resumed == moved
+
+
+def test_a_head_of_its_own_is_found_while_layers_are_sampled(tmp_path):
+    write_log(tmp_path / "log.csv")
+    first, moved = run_on_grid(
+        _recommender, 2, folder=tmp_path, name="run", steps=20, resume=False, heavy=True, tie=False
+    )[0]
+    assert moved[1] > first[1]
 
 
 _SCRIPT = """

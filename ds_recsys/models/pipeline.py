@@ -233,7 +233,8 @@ class RecommenderPipe(PipelineModule):
 
     def _tail(self) -> list[PipelineLayer]:
         assert self.is_last_stage, f"the head lives on the last stage, this is stage {self.stage_id}"
-        tail = [m for m in self.forward_funcs[-self.builder.tail() :] if isinstance(m, PipelineLayer)]
+        places = range(self.parts[-1] - self.builder.tail(), self.parts[-1])  # a profiler may wrap forward_funcs
+        tail = [self._modules[str(place)] for place in places if str(place) in self._modules]
         if TIED_KEY in self.tied_modules:
             tail.append(self.tied_modules[TIED_KEY])
         return tail
