@@ -1,5 +1,7 @@
 """The sum in two levels, fp32 on a host and compressed between hosts, against the same worked out in one process."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from ds_recsys.comm import payload
 from ds_recsys.comm.error_feedback import ErrorFeedback
 from ds_recsys.comm.hierarchical import HierarchicalAggregator, neighbours, subgroups
 from ds_recsys.comm.layout import Segment
+from ds_recsys.comm.shared_memory import SharedMemory, local_transport_for
 from ds_recsys.comm.transport import Collective, PointToPoint
 
 
@@ -69,10 +72,13 @@ def sums_in_two_levels(hosts):
     rank = dist.get_rank()
     local, across = subgroups(hosts)
     orders = (range(6), 0), ((3, 5, 0, 4, 2, 1), 3)
-    for kind in (PointToPoint, Collective):
+    kinds = (PointToPoint, PointToPoint), (Collective, Collective), (SharedMemory, PointToPoint)
+    for within, between in kinds:
         for (order, gap), chunk_bytes, depth, checksum in ((orders[0], 32, 1, True), (orders[1], 32, 2, False)):
             feedback, residuals = ErrorFeedback(), {}
-            aggregator = HierarchicalAggregator(kind(local), kind(across), feedback, chunk_bytes, depth, checksum)
+            aggregator = HierarchicalAggregator(
+                within(local), between(across), feedback, chunk_bytes, depth, checksum
+            )
             segments, length = layout(order, gap)
             for step in range(3):
                 flat = filled(segments, length, gradients(rank, seed=step))
@@ -86,9 +92,9 @@ def test_sums_are_those_of_the_encoded_sums_of_hosts(hosts):
     run_on_grid(sums_in_two_levels, len(hosts), hosts=hosts)
 
 
-def tiny_and_bad():
-    local, across = (PointToPoint(group) for group in subgroups([0, 0, 1, 1]))
-    aggregator = HierarchicalAggregator(local, across, ErrorFeedback(), chunk_bytes=64)
+def tiny_and_bad(kind):
+    local, across = subgroups([0, 0, 1, 1])
+    aggregator = HierarchicalAggregator(kind(local), PointToPoint(across), ErrorFeedback(), chunk_bytes=64)
     for size in (0, 1, 9):
         flat = torch.full((size,), 100.0 * 2 ** dist.get_rank())
         aggregator.all_reduce(flat, [Segment("a", 0, size, Rounded())], step=0)
@@ -101,19 +107,60 @@ def tiny_and_bad():
     assert (~flat.isfinite()).nonzero().flatten().tolist() == [*range(16, 24), 204]
 
 
-def test_tiny_buffers_and_a_nan_on_one_rank():
-    run_on_grid(tiny_and_bad, 4)
+@pytest.mark.parametrize("kind", [PointToPoint, SharedMemory])
+def test_tiny_buffers_and_a_nan_on_one_rank(kind):
+    run_on_grid(tiny_and_bad, 4, kind=kind)
 
 
-def counted_bytes():
+def counted_bytes(kind):
     segments = [Segment("table", 0, 1600, Rounded()), Segment("weight", 1600, 800, Rounded())]
-    local, across = (PointToPoint(group) for group in subgroups([0, 0, 1, 1]))
+    local, across = subgroups([0, 0, 1, 1])
+    local, across = kind(local), PointToPoint(across)
     HierarchicalAggregator(local, across, ErrorFeedback(), 300).all_reduce(torch.randn(2400), segments, step=0)
     return local.bytes_sent, across.bytes_sent
 
 
-def test_a_host_sends_each_payload_once():
+@pytest.mark.parametrize("kind", [PointToPoint, SharedMemory])
+def test_a_host_sends_each_payload_once(kind):
     size = 2400 + 4 * 300
-    sent = run_on_grid(counted_bytes, 4)
+    sent = run_on_grid(counted_bytes, 4, kind=kind)
     assert sent[0][1] + sent[1][1] == sent[2][1] + sent[3][1] == size
     assert sent[0][0] + sent[1][0] == 4 * 2400 + 2 * size  # fp32 values one way, both hosts' payloads the other
+
+
+def memory_of_others(fault):
+    if fault and dist.get_rank() == 1:
+        if fault == "another process":  # such as one of another container, whose numbers mean other processes
+            SharedMemory.block_of = lambda *_: torch.zeros(64, dtype=torch.uint8)
+        else:
+            os.memfd_create = lambda *_: fault_error()
+    return type(local_transport_for()).__name__
+
+
+def fault_error():
+    raise OSError("no memfd")
+
+
+@pytest.mark.parametrize("fault", [None, "another process", "no memfd"])
+def test_where_one_rank_cannot_read_the_others_memory_all_use_messages(fault):
+    kinds = set(run_on_grid(memory_of_others, 3, fault=fault))
+    assert kinds == {"PointToPoint" if fault else "SharedMemory"}
+
+
+def many_rounds():
+    """How many blocks are in use after rounds of several sizes."""
+    transport = SharedMemory()
+    for number in range(30):
+        size = 100 + 70_000 * (number % 3)
+        incoming = [torch.zeros(size, dtype=torch.uint8) for _ in range(3)]
+        exchange = transport.open(incoming, number)
+        exchange.spread(torch.full((size,), 10 * dist.get_rank() + number % 7, dtype=torch.uint8))
+        exchange.wait()
+        exchange.close()
+        for rank in transport.others:
+            assert incoming[rank].unique().tolist() == [10 * rank + number % 7]
+    return {size: len(blocks) for size, blocks in transport._free.items()}
+
+
+def test_blocks_are_used_again():
+    assert run_on_grid(many_rounds, 3)[0] == {1 << 16: 1, 1 << 17: 1, 1 << 18: 1}

@@ -18,6 +18,7 @@ from ds_recsys.comm.hosts import shared_hosts
 from ds_recsys.comm.layout import Segment
 from ds_recsys.comm.low_rank import LowRank
 from ds_recsys.comm.momentum import MomentumCorrection
+from ds_recsys.comm.shared_memory import local_transport_for
 from ds_recsys.comm.transport import transport_for
 from ds_recsys.config.compression import Compression
 
@@ -75,8 +76,9 @@ class Reducer:
         hosts = shared_hosts(group, hierarchical, hosts)
         self.hierarchical = hosts is not None
         if self.hierarchical:
-            local, across = map(transport_for, subgroups(hosts, group))
-            self._aggregator = HierarchicalAggregator(local, across, self.feedback, **keywords)
+            local, across = subgroups(hosts, group)
+            local = local_transport_for(local)
+            self._aggregator = HierarchicalAggregator(local, transport_for(across), self.feedback, **keywords)
         self._ranks = dist.get_world_size(group)
         self._low_rank = LowRank(self.options.rank, self.feedback) if method == "powersgd" else None
         self._momentum = MomentumCorrection(self.options.momentum, self.feedback) if self.options.momentum else None

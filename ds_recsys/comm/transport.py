@@ -1,5 +1,6 @@
 """Byte payloads between the ranks of a group: each rank to each other one, or one payload of each to all."""
 
+import contextlib
 import time
 
 import torch
@@ -25,6 +26,13 @@ class Transport:
         self.group = dist.group.WORLD if group is None else group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.bytes_sent, self.seconds_waited = 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """What is done inside is waiting for payloads."""
+        start = time.perf_counter()
+        yield
+        self.seconds_waited += time.perf_counter() - start
 
     def open(self, incoming: list[Tensor], tag: int):
         """An exchange that will receive `incoming`: by sender, uint8 [of the size it sends]; this rank's own is left alone.
@@ -67,10 +75,9 @@ class _Messages:
         self.send([mine] * self._transport.size)
 
     def wait(self) -> None:
-        start = time.perf_counter()
-        for work in self._receives:
-            work.wait()
-        self._transport.seconds_waited += time.perf_counter() - start
+        with self._transport.waiting():
+            for work in self._receives:
+                work.wait()
 
     def close(self) -> None:
         for work in self._sends:
@@ -114,9 +121,9 @@ class _Collectives:
         here.bytes_sent += (here.size - 1) * longest
 
     def wait(self) -> None:
-        here, start = self._transport, time.perf_counter()
-        self._work.wait()
-        here.seconds_waited += time.perf_counter() - start
+        here = self._transport
+        with here.waiting():
+            self._work.wait()
         for rank, (payload, piece) in enumerate(zip(self._incoming, self._pieces, strict=True)):
             if rank != here.rank:
                 payload.copy_(piece)
