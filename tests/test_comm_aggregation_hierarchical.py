@@ -76,9 +76,7 @@ def sums_in_two_levels(hosts):
     for within, between in kinds:
         for (order, gap), chunk_bytes, depth, checksum in ((orders[0], 32, 1, True), (orders[1], 32, 2, False)):
             feedback, residuals = ErrorFeedback(), {}
-            aggregator = HierarchicalAggregator(
-                within(local), between(across), feedback, chunk_bytes, depth, checksum
-            )
+            aggregator = HierarchicalAggregator(within(local), between(across), feedback, chunk_bytes, depth, checksum)
             segments, length = layout(order, gap)
             for step in range(3):
                 flat = filled(segments, length, gradients(rank, seed=step))

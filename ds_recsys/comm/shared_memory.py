@@ -1,7 +1,7 @@
 """Byte payloads between ranks of one host that gloo connects: through memory they share, instead of the loopback device.
 
 A sender writes a payload into a block of its own memory, and gloo carries only the block's number, and back that it was read.
-Blocks have no name that could be left behind: they are memfds, which the others open below /proc, so they go with their process.
+Blocks have no name that could be left behind: they are memfds, which the others open below /proc, and go with their process.
 """
 
 import mmap
