@@ -23,7 +23,11 @@ def brute_force(costs, micro_batches):
         fits = all(
             s.memory_limit is None or m <= s.memory_limit for s, m in zip(costs.stages, found.memory, strict=True)
         )
-        if fits and all(any(x.trainable_bytes for x in costs.layers[a:b]) for a, b in pairwise(bounds)):
+        whole = not any(costs.layers[bound].joined for bound in inner)
+        needed = frozenset().union(*(layer.needed for layer in costs.layers))
+        held = [frozenset().union(*(layer.needed for layer in costs.layers[a:b])) for a, b in pairwise(bounds)]
+        trained = all(any(x.trainable_bytes for x in costs.layers[a:b]) for a, b in pairwise(bounds))
+        if fits and whole and trained and all(one == needed for one in held):
             feasible.append((found.step_seconds, found.cross_host_bytes, bounds))
     if not feasible:
         return None
@@ -63,7 +67,17 @@ def random_costs(draw, most_layers=9, most_stages=5):
     links = [
         Link(draw.choice([0, 1e-7, 1e-5]), draw.choice([0, 1e-4]), draw.random() < 0.4) for _ in range(num_stages - 1)
     ]
-    return PipelineCosts(layers, stages, draw.choice([links, links, ()])), draw.choice([1, 2, 4, 16])
+    links, micro_batches = draw.choice([links, links, ()]), draw.choice([1, 2, 4, 16])
+    if draw.random() < 0.3:  # layers that belong together, or kinds of which every stage must hold one
+        layers = [
+            replace(
+                layer,
+                joined=n > 0 and draw.random() < 0.2,
+                needed=frozenset(kind for kind in "ab" if draw.random() < 0.7),
+            )
+            for n, layer in enumerate(layers)
+        ]
+    return PipelineCosts(layers, stages, links), micro_batches
 
 
 def check(seeds, **sizes):
@@ -73,7 +87,7 @@ def check(seeds, **sizes):
         expected = brute_force(costs, micro_batches)
         if expected is None:
             infeasible += 1
-            with pytest.raises(UserError, match="fits in memory|have trainable parameters"):
+            with pytest.raises(UserError, match="fits in memory|have trainable parameters|with what it needs"):
                 partition(costs, micro_batches)
         else:
             cuts += 1

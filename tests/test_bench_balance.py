@@ -77,6 +77,7 @@ ROWS = [
     *(overhead("off", 0.40, 0.2), overhead("on", 0.42, 0.21), overhead("off again", 0.44, 0.2)),
     *(jitter([]), jitter([7])),
     *(pause("migrate", 1.0), pause("migrate back", 0.5), pause("reload", 15.0)),
+    *({"part": "solver", "pipe": 4, "kind": "solver", "layers": 100, "stages": 16, "seconds": one} for one in (0.03, 0.02, 0.06)),
     {"part": "straggler", "pipe": 2, "kind": "job", "error": "UserError: the ranks ended"},
 ]  # fmt: skip
 
@@ -131,6 +132,7 @@ def test_the_table_and_the_plot(tmp_path):
     assert "| 4 stages, devices of one speed | parameters | 0-8-15-22-30 | 2.00 | 0% | 30% | 0.40 |" in table
     assert "bounds 0-9-13-21-30, 7 steps after the change; 12.0 MB in 0.20 s" in table
     assert "1 moves in 100 steps" in table and "15.00 s, 20.0 times as long" in table
+    assert "100 layers in 16 stages is found in 30 ms, 60 ms at worst" in table
     assert "- failed: straggler, 2 stages, job: UserError: the ranks ended" in table
     balance.plot(ROWS, tmp_path / "all.png")
     balance.plot([row for row in ROWS if row["part"] == "pause"], tmp_path / "none.png")

@@ -18,7 +18,7 @@ from benchmarks.balance_report import figures, table
 __all__ = ["HELP", "arguments", "figures", "measure", "plot", "table"]
 
 HELP = "stages that rebalance themselves: a device that slows down, a heavy head, unequal devices; cost of watching, of a move"
-PARTS = ("straggler", "hardware", "head", "nothing", "pause")
+PARTS = ("straggler", "hardware", "head", "nothing", "pause", "solver")
 _CORES = 1.6  # of the devices together: two cores, with some left for the rest
 _MODEL = "recsys.model.config."
 
@@ -54,6 +54,10 @@ def measure(options) -> Iterator[dict]:
             yield from _or_error(pipe, "split head", _head_model(pipe, options, split=True))
     if "pause" in options.parts:
         yield from _or_error(options.pipes[0], "pause", _large_model(options.pipes[0], options))
+    if "solver" in options.parts:
+        from benchmarks.balance_costs import solver
+
+        yield from _named("solver", options.pipes[0], solver(2 if options.quick else 50))
 
 
 def _or_error(pipe: int, part: str, rows: Iterator[dict]) -> Iterator[dict]:

@@ -1,7 +1,9 @@
-"""Parts "nothing" and "pause" of bench.py balance: what watching costs where nothing is wrong, and what a move costs."""
+"""Parts "nothing", "pause" and "solver" of bench.py balance: what watching costs where nothing is wrong, what a move costs,
+and what finding the best cut costs."""
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -73,6 +75,29 @@ def pause(pipeline: Pipeline, repeats: int) -> Iterator[dict]:
     arms = {"migrate": migration(there, here), "migrate back": migration(here, there), "reload": checkpoint}
     for row in interleaved(arms, repeats, warmup=0, progress="pause"):
         yield {"kind": "pause", "bounds": [here, there], **row}
+
+
+def solver(instances: int, layers: int = 100, stages: int = 16, micro_batches: int = 32) -> Iterator[dict]:
+    """Rows of kind "solver": seconds of `partition` for layers that differ, devices of two speeds and links across hosts."""
+    from ds_recsys.balance.costs import LayerCost, Link, PipelineCosts, StageCost
+    from ds_recsys.balance.partition import partition
+
+    draw = random.Random(0)
+    for instance in range(instances):
+        costs = PipelineCosts(
+            [
+                LayerCost(
+                    draw.uniform(0.01, 0.03), draw.uniform(0.02, 0.06), trainable_bytes=10**7, boundary_bytes=10**5
+                )
+                for _ in range(layers)
+            ],
+            [StageCost(slowdown=draw.choice([1, 1, 1, 2])) for _ in range(stages)],
+            [Link(1e-8, 1e-4, crosses_hosts=stage % 4 == 3) for stage in range(stages - 1)],
+        )
+        begin = time.perf_counter()
+        partition(costs, micro_batches)
+        seconds = time.perf_counter() - begin
+        yield {"kind": "solver", "instance": instance, "layers": layers, "stages": stages, "seconds": seconds}
 
 
 def settle(pipeline: Pipeline) -> None:

@@ -28,6 +28,7 @@ def figures(rows: list[dict]) -> dict:
         "migration_vs_reload": None,
         **first,
         **_pause(rows),
+        **_solver(rows),
     }
     for pipe in pipes[1:]:
         found |= {f"{name}_pipe{pipe}": value for name, value in _straggler(rows, pipe).items()}
@@ -153,6 +154,11 @@ def _pause(rows: list[dict]) -> dict:
     }
 
 
+def _solver(rows: list[dict]) -> dict:
+    seconds = [row["seconds"] for row in rows if row["kind"] == "solver"]
+    return {"solver_ms": 1e3 * median(seconds), "solver_ms_worst": 1e3 * max(seconds)} if seconds else {}
+
+
 def _cuts(rows: list[dict]) -> str:
     lines = []
     for pipe in sorted({row["pipe"] for row in rows}, reverse=True):
@@ -197,7 +203,7 @@ def _trials(rows: list[dict]) -> str:
 
 
 def _costs(rows: list[dict]) -> str:
-    found, lines = {**_nothing(rows), **_pause(rows)}, []
+    found, lines = {**_nothing(rows), **_pause(rows), **_solver(rows)}, []
     if found["overhead"] is not None:
         lines.append(
             f"- watching: {found['overhead']:+.2%} of a step, {found['overhead_cpu']:+.2%} of its CPU time; two arms without "
@@ -211,6 +217,12 @@ def _costs(rows: list[dict]) -> str:
         lines.append(
             f"- a move of {found['migration_mb']:.0f} MB: {found['migration_seconds']:.2f} s; by checkpoint: "
             f"{found['reload_seconds']:.2f} s, {found['migration_vs_reload']:.1f} times as long"
+        )
+    if "solver_ms" in found:
+        one = next(row for row in rows if row["kind"] == "solver")
+        lines.append(
+            f"- the best cut of {one['layers']} layers in {one['stages']} stages is found in {found['solver_ms']:.0f} ms, "
+            f"{found['solver_ms_worst']:.0f} ms at worst"
         )
     for (part, pipe), cell in groups([row for row in rows if row["kind"] == "share"], "part", "pipe").items():
         lines.append(f"- {part}, {pipe} stages: {cell[0]['head_share']:.0%} of the compute in the profile")
