@@ -77,7 +77,8 @@ ROWS = [
     *(overhead("off", 0.40, 0.2), overhead("on", 0.42, 0.21), overhead("off again", 0.44, 0.2)),
     *(jitter([]), jitter([7])),
     *(pause("migrate", 1.0), pause("migrate back", 0.5), pause("reload", 15.0)),
-    *({"part": "solver", "pipe": 4, "kind": "solver", "layers": 100, "stages": 16, "seconds": one} for one in (0.03, 0.02, 0.06)),
+    *({"part": "solver", "pipe": 4, "kind": "solver", "layers": 100, "stages": 16, "seconds": seconds}
+      for seconds in (0.03, 0.02, 0.06)),
     {"part": "straggler", "pipe": 2, "kind": "job", "error": "UserError: the ranks ended"},
 ]  # fmt: skip
 
@@ -124,6 +125,11 @@ def test_a_jitter_in_which_no_speed_changed_proves_nothing():
 def test_every_figure_is_there_after_a_part():
     figures = balance.figures([row for row in ROWS if row["part"] == "pause"])
     assert figures["migration_vs_reload"] and figures["straggler_recovered"] is None and figures["overhead"] is None
+
+
+def test_parts_that_are_not_measured_again_are_taken_over():
+    kept = balance.others(ROWS, ["straggler", "head", "solver"])
+    assert {row["part"] for row in kept} == {"hardware", "nothing", "pause"}
 
 
 def test_the_table_and_the_plot(tmp_path):

@@ -46,7 +46,9 @@ class Partition(Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Partition":
-        given = [name for name in ("min_gain", "memory_gb") if getattr(self, name) != type(self).model_fields[name].default]
+        given = [
+            name for name in ("min_gain", "memory_gb") if getattr(self, name) != type(self).model_fields[name].default
+        ]
         if given and not self.measured:
             raise ValueError(
                 f'{", ".join(given)} has no meaning with method "{self.method}"; choose "profile" or "adaptive"'
