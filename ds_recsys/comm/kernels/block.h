@@ -7,6 +7,9 @@
  */
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define ALIGNED __attribute__((aligned(64)))
@@ -39,6 +42,28 @@ INLINE uint32_t read_block(float *x, const float *gradient, const float *residua
             top = magnitude > top ? magnitude : top;
         }
     return top;
+}
+
+/* error <- x - decoded, past the caches where the CPU can: the next step reads it. Half as fast again where memory is what
+ * limits; `errors_written` must come before another thread reads it. */
+INLINE void write_error(float *error, const float *x, const float *decoded, int n) {
+    int i = 0;
+#if defined(__AVX512F__)
+    if (((uintptr_t)error & 63) == 0)
+        for (; i + 16 <= n; i += 16)
+            _mm512_stream_ps(error + i, _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(decoded + i)));
+#elif defined(__AVX__)
+    if (((uintptr_t)error & 31) == 0)
+        for (; i + 8 <= n; i += 8)
+            _mm256_stream_ps(error + i, _mm256_sub_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(decoded + i)));
+#endif
+    for (; i < n; i++) error[i] = x[i] - decoded[i];
+}
+
+INLINE void errors_written(void) {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
 }
 
 INLINE const float *after(const float *pointer, int64_t offset) { return pointer ? pointer + offset : 0; }

@@ -99,7 +99,7 @@ INLINE int encode_block(const float *gradient, const float *residual, float mult
             read_codes(payload + 4, n, bits, codes);
             rotate_back(codes, scale, signs, decoded);
         }
-        for (int i = 0; i < n; i++) error[i] = x[i] - decoded[i];
+        write_error(error, x, decoded, n);
     }
     return 1;
 }
@@ -123,6 +123,7 @@ INLINE int encode_quantised(const float *gradient, const float *residual, float 
     if (at < n)
         finite &= encode_block(gradient + at, after(residual, at), multiplier, (float *)after(error, at), payload,
                                (int)(n - at), bits, 0, 0);
+    errors_written();
     return finite;
 }
 
