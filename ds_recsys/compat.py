@@ -16,6 +16,9 @@ from deepspeed.utils import groups
 
 from ds_recsys.method_hook import MethodHook
 
+MODEL_STEP = "_take_model_step"  # of an engine: clip, optimizer, zero the gradients, scheduler, counters
+AGGREGATE_LOSS = "_aggregate_total_loss"  # of a PipelineEngine: the mean loss over the data axis, told to all stages
+
 
 def skip_compiled_collectives() -> None:
     """Keep `init_distributed` on CPU from compiling `deepspeed_shm_comm`.

@@ -1,5 +1,6 @@
 """The loop over `train_batch`: data, model and engine from one config, validation, save and resume, export."""
 
+import contextlib
 import math
 import shutil
 from collections.abc import Sequence
@@ -99,7 +100,8 @@ class Trainer:
         self.pipe = build_pipe(recsys, model_config, weights, self.grid, bounds)
         counts = torch.from_numpy(train_counts(self.interactions, self.split))
         self.pipe.loss_fn = next_item_loss(self.pipe, recsys.head, recsys.training.label_smoothing, counts)
-        self.engine = pipeline_engine(self.pipe, values, recsys.compression)
+        self.engine = pipeline_engine(self.pipe, values, recsys.compression, recsys.data_parallel)
+        self.mode = getattr(self.engine, "data_parallel", None)
         self._length_multiple = recsys.tensor if recsys.sequence_parallel else 1
         self.batches = TrainBatches(
             windows,
@@ -171,23 +173,30 @@ class Trainer:
                 shutil.rmtree(self.run_dir / old, ignore_errors=True)
         torch.distributed.barrier()
         self._call("on_train_begin")
-        while self.state["step"] < self.total_steps and not self._out_of_patience():
+        while self._progress() < self.total_steps and not self._out_of_patience():
             epoch, position = divmod(self.state["step"], self.batches.steps_per_epoch)
             for micro_batches in self.batches.epoch_iterator(epoch, position):
+                before = self._progress()
                 loss = self._step(micro_batches)
-                finished = self.state["step"] >= self.total_steps
-                epoch_done = finished or self.state["step"] % self.batches.steps_per_epoch == 0
+                now = self._progress()
+                finished = now >= self.total_steps
+                epochs = now // self.batches.steps_per_epoch
+                epoch_done = finished or epochs > before // self.batches.steps_per_epoch
                 validate = epoch_done and training.eval_every_epochs
-                validate = validate and (finished or (epoch + 1) % training.eval_every_epochs == 0)
-                save = self._save_is_due(epoch_done)
+                validate = validate and (finished or epochs % training.eval_every_epochs == 0)
+                save = self._save_is_due(epoch_done, before, now)
+                if finished and self.mode:
+                    self.mode.flush()
                 if validate or save:
-                    self._check_finite(loss)
+                    self._check_finite(loss, together=True)
                 if validate:
                     self._validate()
                 if save:
                     self.save()
                 if finished:
                     break
+        if self.mode:
+            self.mode.flush()
         self._call("on_train_end")
         if self._log:
             self._log.flush()
@@ -199,22 +208,24 @@ class Trainer:
     def evaluate(self, which: str = "test") -> dict[str, float]:
         """Full ranking of the "valid" or "test" items; see `ds_recsys.evaluation.evaluate`."""
         recsys = self.config.recsys
-        return evaluate(
-            self.engine,
-            self.interactions,
-            self.split,
-            which,
-            max_length=recsys.dataset.max_length,
-            batch_size=recsys.evaluation.batch_size,
-            ks=recsys.evaluation.k,
-            filter_seen=recsys.evaluation.filter_seen,
-            length_multiple=self._length_multiple,
-        )
+        with self._common_weights():
+            return evaluate(
+                self.engine,
+                self.interactions,
+                self.split,
+                which,
+                max_length=recsys.dataset.max_length,
+                batch_size=recsys.evaluation.batch_size,
+                ks=recsys.evaluation.k,
+                filter_seen=recsys.evaluation.filter_seen,
+                length_multiple=self._length_multiple,
+            )
 
     def export(self, folder: str | Path) -> None:
         """Write the model as a Hugging Face folder with the item catalogue; replaces `folder` when it is whole."""
         log = self.interactions
-        export(self.pipe, folder, item_ids=log.items, titles=log.titles, extra_config=self._serving)
+        with self._common_weights():
+            export(self.pipe, folder, item_ids=log.items, titles=log.titles, extra_config=self._serving)
 
     def save(self) -> None:
         """Checkpoint model, optimizer, scheduler, counters, data position and stage bounds, atomically."""
@@ -234,6 +245,14 @@ class Trainer:
             keep_last=self.config.recsys.checkpoint.keep_last,
         )
 
+    def _common_weights(self):
+        """Inside, all replicas hold the weights to show; only modes of `recsys.data_parallel` let them differ."""
+        return self.mode.evaluation() if self.mode else contextlib.nullcontext()
+
+    def _progress(self) -> int:
+        """Steps of the run so far; `state["step"]` counts those of this replica."""
+        return self.mode.progress(self.state["step"]) if self.mode else self.state["step"]
+
     def _step(self, micro_batches: list) -> torch.Tensor:
         length = micro_batches[0][0].shape[1]
         if length != self._length:
@@ -249,15 +268,27 @@ class Trainer:
             self._check_finite(loss)
         return loss
 
-    def _check_finite(self, loss: torch.Tensor) -> None:
-        """Every rank has the same loss, so all stop together; checkpoints are only written from finite ones."""
-        if not math.isfinite(loss.item()):
+    def _check_finite(self, loss: torch.Tensor, together: bool = False) -> None:
+        """All ranks stop together; checkpoints are only written from finite losses.
+
+        Every rank has the same loss, but where replicas train alone: those compare theirs when they meet (`together`).
+        """
+        finite = True
+        if self.mode is None or not self.mode.options.local:
+            finite = math.isfinite(loss.item())
+        elif together:
+            finite = self.mode.agreed_by_all(math.isfinite(loss.item()))
+        if not finite:
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state['step']}: training has diverged; lower the learning rate, "
                 "lengthen the warm-up or clip gradients, then start again or --resume"
             )
 
     def _validate(self) -> None:
+        with self._common_weights():
+            self._validate_common()
+
+    def _validate_common(self) -> None:
         metrics = self.evaluate("valid")
         self._length = None
         score, best = self._score(metrics), self.state["best"]
@@ -283,13 +314,12 @@ class Trainer:
         patience = self.config.recsys.training.patience
         return patience is not None and self.state["validations_since_best"] >= patience
 
-    def _save_is_due(self, epoch_done: bool) -> bool:
-        saving, step = self.config.recsys.checkpoint, self.state["step"]
-        epochs = -(-step // self.batches.steps_per_epoch)
-        by_epoch = (
-            saving.every_epochs and epoch_done and (epochs % saving.every_epochs == 0 or step == self.total_steps)
-        )
-        return bool(by_epoch or (saving.every_steps and step % saving.every_steps == 0))
+    def _save_is_due(self, epoch_done: bool, before: int, now: int) -> bool:
+        """After the step that led from `before` to `now`, which is one more."""
+        saving, finished = self.config.recsys.checkpoint, now >= self.total_steps
+        epochs = now // self.batches.steps_per_epoch
+        by_epoch = saving.every_epochs and epoch_done and (finished or epochs % saving.every_epochs == 0)
+        return bool(by_epoch or (saving.every_steps and now // saving.every_steps > before // saving.every_steps))
 
     def _call(self, name: str, *arguments) -> None:
         for callback in self.callbacks:
