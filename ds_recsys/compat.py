@@ -132,6 +132,17 @@ def fp32_gradients(optimizer) -> dict[torch.nn.Parameter, torch.Tensor]:
     return {weight: value for weights, values in pairs for weight, value in zip(weights, values, strict=True)}
 
 
+def mark_gradients(optimizer) -> None:
+    """Tell a BF16_Optimizer that each of its accumulators holds a gradient: those without count in no norm."""
+    optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in optimizer.fp32_groups_has_gradients]
+
+
+def says_peer_is_gone(error: RuntimeError) -> bool:
+    """Whether a collective or a message failed because a process it needs has ended, or was silent for too long."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timeout")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
+
+
 def bucket_parameters(optimizer, dtype: torch.dtype) -> list[torch.nn.Parameter]:
     """The parameters in the bucket that a ZeRO-1 or ZeRO-2 optimizer is about to reduce, in the order of its buffer."""
     return [optimizer.bit16_groups[group][index] for group, index, _ in optimizer.ipg_buckets[dtype].params]

@@ -18,6 +18,7 @@ from ds_recsys.comm.modes.flat import FlatParameters
 from ds_recsys.comm.reducer import Reducer
 from ds_recsys.config.compression import Compression
 from ds_recsys.config.data_parallel import DataParallel
+from ds_recsys.errors import LostRank, UserError
 from ds_recsys.method_hook import MethodHook
 
 logger = logging.getLogger("ds_recsys")
@@ -63,6 +64,7 @@ class Mode:
         ]
         if engine.pipeline_parallelism:
             self._hooks.append(MethodHook(engine, "eval_batch", self._eval_batch))
+            self._hooks.append(MethodHook(engine, "train_batch", self._train_batch))
         engine.data_parallel = self
 
     # what a mode overrides
@@ -96,6 +98,13 @@ class Mode:
         """How far the run is, in steps of the whole data axis, when this replica has taken `steps`."""
         return steps
 
+    def meet(self, progress: int) -> int:
+        """Collective, at `progress`; where all replicas stand then. Only replicas of their own speed have to wait for it."""
+        return progress
+
+    def end(self) -> None:
+        """Collective, after the last flush: what works in the background stops."""
+
     def state_dict(self) -> dict:
         """{"shared": what is the same on all ranks of the data axis, "own": what is not}, of tensors, numbers, dicts."""
         return {"shared": {}, "own": {}}
@@ -109,7 +118,16 @@ class Mode:
 
     def summary(self) -> str:
         """The same in a line or two."""
-        return f"data-parallel mode: {self.options.mode}"
+        figures = self.as_dict()
+        text = f"data-parallel mode: {self.options.mode}, {self.steps} steps"
+        if "seconds_waited" in figures:
+            dense = 8 * (self.data_size - 1) / self.data_size * self.parameters.numel * self.steps
+            text += (
+                f"; sent {figures['sent_bytes'] / 1e6:,.1f} MB as {'fp32' if self.method == 'none' else self.method}, where "
+                f"averaging every gradient as fp32 sends {dense / 1e6:,.1f} MB"
+                f"; {figures['seconds']:.1f} s in averages, of which training waited {figures['seconds_waited']:.1f} s"
+            )
+        return f"{text}\nauto: {self.choice}" if self.choice else text
 
     # what all modes use
 
@@ -138,9 +156,34 @@ class Mode:
         return bool(vote)
 
     def average(self, flat: Tensor) -> Tensor:
-        """flat <- its mean over the replicas, as fp32. Collective over `data_group`; bit-equal on its ranks."""
-        dist.all_reduce(flat, group=self.data_group)
+        """flat <- its mean over the replicas, sent as fp32. Collective over `data_group`.
+
+        Each value is summed in rank order, so copies of a weight on several stages get the same bits.
+        """
+        with self.watched():
+            Reducer(self.data_group, "none", hierarchical=False).all_reduce(flat, [("values", (flat.numel(),))])
         return flat.div_(self.data_size)
+
+    @contextlib.contextmanager
+    def watched(self):
+        """Around what waits for other ranks: that one is gone becomes one line."""
+        try:
+            yield
+        except UserError:
+            raise
+        except RuntimeError as error:
+            if not compat.says_peer_is_gone(error):
+                raise
+            why = str(error).strip().splitlines()[0]
+            raise LostRank(
+                f"rank {dist.get_rank()} (replica {self.data_rank}) lost another rank at step {self.steps + 1}: the run stops; "
+                f"--resume it from its newest checkpoint ({why})"
+            ) from error
+
+    def warn_dropped(self) -> None:
+        """What was averaged is not used."""
+        if dist.get_rank() == 0:
+            logger.warning(f"step {self.steps + 1}: an average is infinite or NaN: no replica uses it")
 
     def skip(self) -> None:
         """Let the engine count this step as one that the optimizer skipped."""
@@ -189,6 +232,10 @@ class Mode:
             self.before_evaluation()
         with self.consensus():
             yield
+
+    def _train_batch(self, method, *args, **kwargs):
+        with self.watched():
+            return method(*args, **kwargs)
 
     def _eval_batch(self, method, *args, **kwargs):
         with self.evaluation():

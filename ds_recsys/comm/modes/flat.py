@@ -34,6 +34,10 @@ class FlatParameters:
         """Those in `names`, in the same order."""
         return FlatParameters((name, p) for name, p in self._parameters.items() if name in names)
 
+    def items(self):
+        """(name, parameter) in the order of the buffer."""
+        return self._parameters.items()
+
     @property
     def parameters(self) -> list[Parameter]:
         """In the order of the buffer."""
