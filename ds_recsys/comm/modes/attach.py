@@ -50,12 +50,13 @@ def attach(engine, options: DataParallel, compression: Compression) -> Mode:
 
 def _refuse(engine, options: DataParallel, compression: Compression) -> None:
     """UserError for what cannot work."""
-    stage, bf16 = engine.zero_optimization_stage(), hasattr(engine.optimizer, "bf16_groups")
+    stage, sharded = engine.zero_optimization_stage(), hasattr(engine.optimizer, "bf16_groups")
     sparse = [name for name, module in engine.module.named_modules() if getattr(module, "sparse", False) is True]
     reasons = {
         '"sync" is what the engine does without it; leave the call out': options.mode == "sync",
-        f"the shards of ZeRO-{stage} assume that replicas are equal; use stage 0": stage and not bf16,
-        "BF16_Optimizer shards its fp32 weights over the replicas; train in fp32": bf16 and options.local,
+        f"the shards of ZeRO-{stage} assume that replicas are equal; use stage 0": stage and not sharded,
+        "bf16 keeps fp32 weights beside the model's, in shards or whole; train in fp32": engine.bfloat16_enabled()
+        and options.local,
         "fp16's loss scale changes; train in fp32": engine.fp16_enabled(),
         "a gradient scaler changes its scale; switch torch_autocast's fp16 off": engine.torch_autocast_z0_gradscaler
         is not None,

@@ -56,7 +56,7 @@ class Delayed(Mode):
     def _read(self) -> Tensor:
         flat = self.parameters.empty() if self._spare is None else self._spare
         for view, gradient in zip(self.parameters.views(flat), self._gradients(), strict=True):
-            view.copy_(gradient)
+            view.copy_(gradient.view_as(view))  # BF16_Optimizer's are flat
         return flat
 
     def _wait(self) -> bool:
@@ -83,7 +83,7 @@ class Delayed(Mode):
             moved = self.parameters.read().sub_(self._weights_then)
             average.addcmul_(moved.mul_(average), average, value=self.options.delay_correction)
         for view, gradient in zip(self.parameters.views(average), self._gradients(), strict=True):
-            gradient.copy_(view)
+            gradient.copy_(view.view_as(gradient))
         self._spare = average
 
     def optimizer_step(self, method: Callable, *args, **kwargs):
