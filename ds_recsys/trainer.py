@@ -123,6 +123,9 @@ class Trainer:
                 checkpoint.load(self.engine, found)
             else:
                 reshard.load(self.engine, found, Grid(*state["grid"]))
+            if self.mode:  # replicas may have taken different numbers of steps
+                self.state["step"] = self.mode.steps
+        self._met = self._progress()
         cosine_scale = self.pipe.builder.cosine_scale
         self._serving = {"recsys": {"max_length": recsys.dataset.max_length, "cosine_scale": cosine_scale}}
         if self.is_main and self.run_dir:  # what launch/export.py needs beside a checkpoint
@@ -167,24 +170,30 @@ class Trainer:
             raise UserError(
                 "this Trainer was made for evaluation only, with run_dir=None; give it a folder to train into"
             )
-        training = self.config.recsys.training
         if self.is_main and not self.state["step"]:
             for old in ("checkpoints", "best"):  # of the run that this one overwrites
                 shutil.rmtree(self.run_dir / old, ignore_errors=True)
         torch.distributed.barrier()
         self._call("on_train_begin")
+        with self.mode.watched() if self.mode else contextlib.nullcontext():
+            self._loop()
+        self._call("on_train_end")
+        if self._log:
+            self._log.flush()
+        best = self.state["best"]
+        if self.config.recsys.training.keep_best and best:
+            load_weights(self.pipe, Weights(self.run_dir / "best"))
+        return best and best["metrics"]
+
+    def _loop(self) -> None:
         while self._progress() < self.total_steps and not self._out_of_patience():
             epoch, position = divmod(self.state["step"], self.batches.steps_per_epoch)
             for micro_batches in self.batches.epoch_iterator(epoch, position):
-                before = self._progress()
                 loss = self._step(micro_batches)
-                now = self._progress()
-                finished = now >= self.total_steps
-                epochs = now // self.batches.steps_per_epoch
-                epoch_done = finished or epochs > before // self.batches.steps_per_epoch
-                validate = epoch_done and training.eval_every_epochs
-                validate = validate and (finished or epochs % training.eval_every_epochs == 0)
-                save = self._save_is_due(epoch_done, before, now)
+                finished, validate, save = self._due(self._progress())
+                if self.mode and (finished or validate or save):
+                    # replicas of their own speed meet here, and one may have come for less than another
+                    finished, validate, save = self._due(self.mode.meet(self._progress()))
                 if finished and self.mode:
                     self.mode.flush()
                 if validate or save:
@@ -193,17 +202,13 @@ class Trainer:
                     self._validate()
                 if save:
                     self.save()
+                if finished or validate or save:
+                    self._met = self._progress()
                 if finished:
                     break
         if self.mode:
             self.mode.flush()
-        self._call("on_train_end")
-        if self._log:
-            self._log.flush()
-        best = self.state["best"]
-        if training.keep_best and best:
-            load_weights(self.pipe, Weights(self.run_dir / "best"))
-        return best and best["metrics"]
+            self.mode.end()
 
     def evaluate(self, which: str = "test") -> dict[str, float]:
         """Full ranking of the "valid" or "test" items; see `ds_recsys.evaluation.evaluate`."""
@@ -234,7 +239,7 @@ class Trainer:
         checkpoint.save(
             self.engine,
             self.run_dir / "checkpoints",
-            self.state["step"],
+            self._progress(),
             {
                 "identity": self._identity,
                 **self._cut,
@@ -314,12 +319,18 @@ class Trainer:
         patience = self.config.recsys.training.patience
         return patience is not None and self.state["validations_since_best"] >= patience
 
-    def _save_is_due(self, epoch_done: bool, before: int, now: int) -> bool:
-        """After the step that led from `before` to `now`, which is one more."""
-        saving, finished = self.config.recsys.checkpoint, now >= self.total_steps
-        epochs = now // self.batches.steps_per_epoch
-        by_epoch = saving.every_epochs and epoch_done and (finished or epochs % saving.every_epochs == 0)
-        return bool(by_epoch or (saving.every_steps and now // saving.every_steps > before // saving.every_steps))
+    def _due(self, now: int) -> tuple[bool, bool, bool]:
+        """(end, validate, save): what there is to do when the run has come from where it last did any of it to `now`."""
+        recsys, epoch = self.config.recsys, self.batches.steps_per_epoch
+
+        def passed(every: int | None) -> bool:
+            return bool(every) and now // every > self._met // every
+
+        finished = now >= self.total_steps
+        validations, saving = recsys.training.eval_every_epochs, recsys.checkpoint
+        validate = bool(validations) and (finished or passed(validations * epoch))
+        by_epoch = saving.every_epochs and (finished or passed(saving.every_epochs * epoch))
+        return finished, validate, bool(by_epoch) or passed(saving.every_steps)
 
     def _call(self, name: str, *arguments) -> None:
         for callback in self.callbacks:

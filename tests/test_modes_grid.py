@@ -49,10 +49,11 @@ def _values(mode, pipe=2, tensor=1, compression=None, **recsys):
 
 def _steps(trainer, count):
     losses = []
-    for micro_batches in trainer.batches.epoch_iterator(0, trainer.state["step"]):
+    while len(losses) < count:
+        epoch, position = divmod(trainer.state["step"], trainer.batches.steps_per_epoch)
+        micro_batches = next(iter(trainer.batches.epoch_iterator(epoch, position)))
         losses.append(trainer._step(micro_batches).item())
-        if len(losses) == count:
-            return losses
+    return losses
 
 
 def _differing_in_replica(trainer) -> list[str]:
@@ -79,8 +80,11 @@ def _copies(folder, values):
     trainer.callbacks = []
     local = trainer.mode.options.local
     for _ in range(9):
-        _steps(trainer, 1)
+        losses = [None] * dist.get_world_size()
+        dist.all_gather_object(losses, (trainer.mode.data_rank, _steps(trainer, 1)[0]))
         assert _differing_in_replica(trainer) == []
+    assert len(set(losses)) == 2, "the ranks of a replica have one loss"
+    assert (len({loss for _, loss in losses}) == 2) == local, "a loss is the replica's own where it trains alone"
     assert bool(differing(trainer.engine)) == local, "replicas differ between two averages, and only in local modes"
     with trainer.mode.evaluation():
         assert differing(trainer.engine) == []
@@ -117,9 +121,11 @@ def test_a_pipeline_is_a_replica_like_another(folder, mode):
     """The figures of pipe 2 x data 2 and of tensor 2 x data 2 are those of data 2."""
     found = {}
     for pipe, tensor in ((1, 1), (2, 1), (1, 2)):
-        found[pipe, tensor] = run_on_grid(
-            _train, 2 * pipe * tensor, folder=folder, name=f"{mode}-{pipe}-{tensor}", values=_values(mode, pipe, tensor)
-        )
+        values = _values(mode, pipe, tensor)
+        if mode == "streaming":  # what travels together depends on the stages
+            values["recsys"]["data_parallel"] = {**MODES[mode], "fragments": 1}
+        name = f"{mode}-{pipe}-{tensor}"
+        found[pipe, tensor] = run_on_grid(_train, 2 * pipe * tensor, folder=folder, name=name, values=values)
     plain = _losses(folder / f"{mode}-1-1")
     for pipe, tensor in ((2, 1), (1, 2)):
         assert _losses(folder / f"{mode}-{pipe}-{tensor}") == pytest.approx(plain, abs=1e-4)
@@ -156,6 +162,7 @@ def _copy_until(source, target, step):
 
 def _reshape(folder, name, values):
     trainer = ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=folder / name, resume=True)
+    trainer.callbacks = []
     before = trainer.evaluate("test")
     losses = _steps(trainer, 4)
     trainer.mode.flush()
@@ -165,6 +172,7 @@ def _reshape(folder, name, values):
 
 def _shown(folder, values):
     trainer = ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=folder / "grid", overwrite=True)
+    trainer.callbacks = []
     _steps(trainer, 5)
     trainer.save()
     return trainer.evaluate("test")

@@ -193,6 +193,7 @@ def _refuse(engine, options: Compression) -> None:
     """UserError for what cannot work."""
     zero = engine.zero_optimization_stage()
     reasons = {
+        "the engine has a data-parallel mode; give compression to that": hasattr(engine, "data_parallel"),
         "ZeRO-3 gathers and scatters weights in its own way; use stage 0, 1 or 2": zero > 2,
         "experts of a mixture (MoE) are averaged over groups of their own": engine.has_moe_layers,
         "DeepCompile reduces gradients in compiled graphs; switch it off": engine.is_deepcompile_enabled(),

@@ -56,7 +56,7 @@ class Mode:
         # torch's optimizers do not look for overflows; DeepSpeed's do
         self.guarded = hasattr(engine.optimizer, "overflow")
         self._hooks = [
-            MethodHook(engine, "buffered_allreduce_fallback", self.reduce_gradients),
+            MethodHook(engine, "buffered_allreduce_fallback", self._reduce),
             MethodHook(engine.optimizer, "step", self.optimizer_step),
             MethodHook(engine, compat.MODEL_STEP, self._model_step),
             MethodHook(engine, "save_checkpoint", self._save),
@@ -200,11 +200,16 @@ class Mode:
             self.extra_step = False
         vars(engine).update(counters)
 
+    def _reduce(self, method, *args, **kwargs):
+        with self.watched():
+            return self.reduce_gradients(method, *args, **kwargs)
+
     def _model_step(self, method, *args, **kwargs):
-        result = method(*args, **kwargs)
-        if not self.extra_step:
-            self.steps += 1
-            self.after_step()
+        with self.watched():
+            result = method(*args, **kwargs)
+            if not self.extra_step:
+                self.steps += 1
+                self.after_step()
         return result
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 from ds_recsys import compat
 from ds_recsys.comm.backend import GradientBackend
@@ -22,8 +23,9 @@ class LocalMode(Mode):
 
     def __init__(self, engine, options, compression):
         super().__init__(engine, options, compression)
+        self._backend = GradientBackend.install()
+        self._hooks.append(MethodHook(engine, "clip_fp32_gradients", self._clip_own))
         if engine.pipeline_parallelism and self.data_size > 1:
-            self._backend = GradientBackend.install()
             self._hooks.append(MethodHook(engine, compat.AGGREGATE_LOSS, self._own_loss))
 
     @property
@@ -49,12 +51,25 @@ class LocalMode(Mode):
             self.engine.optimizer.overflow = False
             return method(*args, **kwargs)
         self.skip()
-        logger.warning(f"a gradient of replica {self.data_rank} is infinite or NaN: it skips step {self.steps + 1}")
+        if dist.get_rank(self.replica_group) == 0:
+            logger.warning(f"a gradient of replica {self.data_rank} is infinite or NaN: it skips step {self.steps + 1}")
         return None
 
     def _finite(self) -> bool:
         gradients = [p.grad for p in self.parameters.parameters if p.grad is not None]
         return not gradients or bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all())
+
+    def _clip_own(self, method: Callable):
+        """DeepSpeed averages the norm over the replicas, and each would wait for the others."""
+        if self.dense:
+            return method()
+        group = compat.clipping_group()
+
+        def answer(norm: torch.Tensor) -> None:
+            norm.mul_(dist.get_world_size(group))
+
+        with self._backend.gradient_scope(group, answer):
+            return method()
 
     def _own_loss(self, method: Callable):
         """The engine divides the sum over the replicas by their number."""

@@ -110,7 +110,6 @@ class Rounds(LocalMode):
             for fragment in self._fragments:
                 if fragment.arrives is not None:
                     self._receive(fragment, self.options.mixing)
-                    fragment.apart = True  # it may have been the weights of a step or more ago
             for fragment in self._fragments:
                 if fragment.apart:
                     self._send(fragment, self.steps)
