@@ -71,7 +71,11 @@ def standard_callbacks(recsys) -> list[Callback]:
         from ds_recsys.timeline.callback import TimelineCallback  # reads this file
 
         callbacks.append(TimelineCallback())
-    if recsys.compression.method != "none":
+    if recsys.data_parallel.mode != "sync":
+        from ds_recsys.comm.modes.callback import ModeCallback
+
+        callbacks.append(ModeCallback())
+    elif recsys.compression.method != "none":
         from ds_recsys.comm.callback import CompressionCallback
 
         callbacks.append(CompressionCallback())

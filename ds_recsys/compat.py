@@ -16,6 +16,9 @@ from deepspeed.utils import groups
 
 from ds_recsys.method_hook import MethodHook
 
+MODEL_STEP = "_take_model_step"  # of an engine: clip, optimizer, zero the gradients, scheduler, counters
+AGGREGATE_LOSS = "_aggregate_total_loss"  # of a PipelineEngine: the mean loss over the data axis, told to all stages
+
 
 def skip_compiled_collectives() -> None:
     """Keep `init_distributed` on CPU from compiling `deepspeed_shm_comm`.
@@ -127,6 +130,17 @@ def fp32_gradients(optimizer) -> dict[torch.nn.Parameter, torch.Tensor]:
     """The gradient accumulator of each parameter of a BF16_Optimizer; views of flat buffers that last."""
     pairs = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
     return {weight: value for weights, values in pairs for weight, value in zip(weights, values, strict=True)}
+
+
+def mark_gradients(optimizer) -> None:
+    """Tell a BF16_Optimizer that each of its accumulators holds a gradient: those without count in no norm."""
+    optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in optimizer.fp32_groups_has_gradients]
+
+
+def says_peer_is_gone(error: RuntimeError) -> bool:
+    """Whether a collective or a message failed because a process it needs has ended, or was silent for too long."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timeout")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
 
 
 def bucket_parameters(optimizer, dtype: torch.dtype) -> list[torch.nn.Parameter]:

@@ -11,6 +11,7 @@ from deepspeed.pipe import PipelineModule
 from ds_recsys import compat
 from ds_recsys.config import Config, load_config
 from ds_recsys.config.compression import Compression
+from ds_recsys.config.data_parallel import DataParallel
 from ds_recsys.errors import UserError
 from ds_recsys.head.row_sparse import RowSparseAdamW, all_reduce_rows
 from ds_recsys.topology import init_distributed
@@ -27,6 +28,7 @@ def initialize(*args, **kwargs):
     time of the steps goes; the `StepTimeline` is `engine.step_timeline`. `recsys.compression.method` compresses what goes
     over the data axis; the `GradientCompression` is `engine.gradient_compression`. `recsys.partition.method` "profile" or
     "adaptive" moves layers of a pipeline; the `AdaptivePartition` is `engine.adaptive_partition`.
+    `recsys.data_parallel.mode` says when replicas tell each other what they learned; the `Mode` is `engine.data_parallel`.
 
     Raises:
         UserError: one line naming what is wrong in the config.
@@ -45,7 +47,7 @@ def initialize(*args, **kwargs):
     init_distributed()
     if isinstance(config.recsys.threads_per_rank, int):
         torch.set_num_threads(config.recsys.threads_per_rank)
-    known = {"pipe", "data", "tensor", "threads_per_rank", "timeline", "compression"}
+    known = {"pipe", "data", "tensor", "threads_per_rank", "timeline", "compression", "data_parallel"}
     known |= {"partition"} if config.recsys.partition.measured else set()
     idle = sorted(config.recsys.model_fields_set - known)
     if idle and torch.distributed.get_rank() == 0:
@@ -55,7 +57,7 @@ def initialize(*args, **kwargs):
     config = config.resolve_for_engine(pipe=getattr(model, "num_stages", 1), tensor=tensor)
     initialized = deepspeed.initialize(**call, config=config.deepspeed)
     _give_targets(initialized[0])
-    _compress(initialized[0], config.recsys.compression)
+    _set_mode(initialized[0], config.recsys.data_parallel, config.recsys.compression)
     if config.recsys.timeline.enabled:
         from ds_recsys.timeline.report import ReportedTimeline
 
@@ -68,7 +70,9 @@ def initialize(*args, **kwargs):
     return initialized
 
 
-def pipeline_engine(pipe, config: dict, compression: Compression | None = None):
+def pipeline_engine(
+    pipe, config: dict, compression: Compression | None = None, data_parallel: DataParallel | None = None
+):
     """DeepSpeed's PipelineEngine over a `RecommenderPipe`.
 
     Weight decay spares biases and norms, as in Hugging Face's Trainer, and gradient clipping is exact for tied weights. A
@@ -90,7 +94,7 @@ def pipeline_engine(pipe, config: dict, compression: Compression | None = None):
     _give_targets(engine)
     if pipe.sparse_table:
         compat.reduce_tied_gradients_by(engine, all_reduce_rows)  # DeepSpeed's own is gloo's; NCCL has no sparse sum
-    _compress(engine, compression)
+    _set_mode(engine, data_parallel, compression)
     return engine
 
 
@@ -101,11 +105,16 @@ def _give_targets(engine) -> None:
         give_targets(engine)
 
 
-def _compress(engine, options: Compression | None) -> None:
-    if options is not None and options.method != "none":
+def _set_mode(engine, data_parallel: DataParallel | None, compression: Compression | None) -> None:
+    """How the data axis works: in `sync` compression takes gradients, in other modes what the mode sends."""
+    if data_parallel is not None and data_parallel.mode != "sync":
+        from ds_recsys.comm.modes.attach import attach
+
+        attach(engine, data_parallel, compression or Compression())
+    elif compression is not None and compression.method != "none":
         from ds_recsys.comm.engines import GradientCompression
 
-        GradientCompression(engine, options)
+        GradientCompression(engine, compression)
 
 
 def _accumulate_at_once(config: dict) -> dict:

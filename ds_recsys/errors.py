@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The launch scripts print it without a traceback and exit with status 2.
     """
+
+
+class LostRank(UserError):
+    """Another rank is gone or silent. Every rank that finds out says so, for the first of a host may be the lost one."""

@@ -73,6 +73,8 @@ def load(engine, checkpoint: Path, grid: Grid) -> None:
         engine.lr_scheduler.load_state_dict(common["lr_scheduler"])
     if hasattr(engine, "gradient_compression"):
         engine.gradient_compression.load(checkpoint)
+    if hasattr(engine, "data_parallel"):
+        engine.data_parallel.load(checkpoint)
 
 
 def _whole_state(builder, name: str, pieces: list[dict], tensor: int) -> dict[str, Tensor]:

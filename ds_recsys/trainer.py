@@ -1,5 +1,6 @@
 """The loop over `train_batch`: data, model and engine from one config, validation, save and resume, export."""
 
+import contextlib
 import math
 import shutil
 from collections.abc import Sequence
@@ -99,7 +100,8 @@ class Trainer:
         self.pipe = build_pipe(recsys, model_config, weights, self.grid, bounds)
         counts = torch.from_numpy(train_counts(self.interactions, self.split))
         self.pipe.loss_fn = next_item_loss(self.pipe, recsys.head, recsys.training.label_smoothing, counts)
-        self.engine = pipeline_engine(self.pipe, values, recsys.compression)
+        self.engine = pipeline_engine(self.pipe, values, recsys.compression, recsys.data_parallel)
+        self.mode = getattr(self.engine, "data_parallel", None)
         self._length_multiple = recsys.tensor if recsys.sequence_parallel else 1
         self.batches = TrainBatches(
             windows,
@@ -121,6 +123,9 @@ class Trainer:
                 checkpoint.load(self.engine, found)
             else:
                 reshard.load(self.engine, found, Grid(*state["grid"]))
+            if self.mode:  # replicas may have taken different numbers of steps
+                self.state["step"] = self.mode.steps
+        self._met = self._progress()
         cosine_scale = self.pipe.builder.cosine_scale
         self._serving = {"recsys": {"max_length": recsys.dataset.max_length, "cosine_scale": cosine_scale}}
         if self.is_main and self.run_dir:  # what launch/export.py needs beside a checkpoint
@@ -165,56 +170,67 @@ class Trainer:
             raise UserError(
                 "this Trainer was made for evaluation only, with run_dir=None; give it a folder to train into"
             )
-        training = self.config.recsys.training
         if self.is_main and not self.state["step"]:
             for old in ("checkpoints", "best"):  # of the run that this one overwrites
                 shutil.rmtree(self.run_dir / old, ignore_errors=True)
         torch.distributed.barrier()
         self._call("on_train_begin")
-        while self.state["step"] < self.total_steps and not self._out_of_patience():
-            epoch, position = divmod(self.state["step"], self.batches.steps_per_epoch)
-            for micro_batches in self.batches.epoch_iterator(epoch, position):
-                loss = self._step(micro_batches)
-                finished = self.state["step"] >= self.total_steps
-                epoch_done = finished or self.state["step"] % self.batches.steps_per_epoch == 0
-                validate = epoch_done and training.eval_every_epochs
-                validate = validate and (finished or (epoch + 1) % training.eval_every_epochs == 0)
-                save = self._save_is_due(epoch_done)
-                if validate or save:
-                    self._check_finite(loss)
-                if validate:
-                    self._validate()
-                if save:
-                    self.save()
-                if finished:
-                    break
+        with self.mode.watched() if self.mode else contextlib.nullcontext():
+            self._loop()
         self._call("on_train_end")
         if self._log:
             self._log.flush()
         best = self.state["best"]
-        if training.keep_best and best:
+        if self.config.recsys.training.keep_best and best:
             load_weights(self.pipe, Weights(self.run_dir / "best"))
         return best and best["metrics"]
+
+    def _loop(self) -> None:
+        while self._progress() < self.total_steps and not self._out_of_patience():
+            epoch, position = divmod(self.state["step"], self.batches.steps_per_epoch)
+            for micro_batches in self.batches.epoch_iterator(epoch, position):
+                loss = self._step(micro_batches)
+                finished, validate, save = self._due(self._progress())
+                if self.mode and (finished or validate or save):
+                    # replicas of their own speed meet here, and one may have come for less than another
+                    finished, validate, save = self._due(self.mode.meet(self._progress()))
+                if finished and self.mode:
+                    self.mode.flush()
+                if validate or save:
+                    self._check_finite(loss, together=True)
+                if validate:
+                    self._validate()
+                if save:
+                    self.save()
+                if finished or validate or save:
+                    self._met = self._progress()
+                if finished:
+                    break
+        if self.mode:
+            self.mode.flush()
+            self.mode.end()
 
     def evaluate(self, which: str = "test") -> dict[str, float]:
         """Full ranking of the "valid" or "test" items; see `ds_recsys.evaluation.evaluate`."""
         recsys = self.config.recsys
-        return evaluate(
-            self.engine,
-            self.interactions,
-            self.split,
-            which,
-            max_length=recsys.dataset.max_length,
-            batch_size=recsys.evaluation.batch_size,
-            ks=recsys.evaluation.k,
-            filter_seen=recsys.evaluation.filter_seen,
-            length_multiple=self._length_multiple,
-        )
+        with self._common_weights():
+            return evaluate(
+                self.engine,
+                self.interactions,
+                self.split,
+                which,
+                max_length=recsys.dataset.max_length,
+                batch_size=recsys.evaluation.batch_size,
+                ks=recsys.evaluation.k,
+                filter_seen=recsys.evaluation.filter_seen,
+                length_multiple=self._length_multiple,
+            )
 
     def export(self, folder: str | Path) -> None:
         """Write the model as a Hugging Face folder with the item catalogue; replaces `folder` when it is whole."""
         log = self.interactions
-        export(self.pipe, folder, item_ids=log.items, titles=log.titles, extra_config=self._serving)
+        with self._common_weights():
+            export(self.pipe, folder, item_ids=log.items, titles=log.titles, extra_config=self._serving)
 
     def save(self) -> None:
         """Checkpoint model, optimizer, scheduler, counters, data position and stage bounds, atomically."""
@@ -223,7 +239,7 @@ class Trainer:
         checkpoint.save(
             self.engine,
             self.run_dir / "checkpoints",
-            self.state["step"],
+            self._progress(),
             {
                 "identity": self._identity,
                 **self._cut,
@@ -233,6 +249,14 @@ class Trainer:
             client_state=reshard.parameter_names(self.engine),
             keep_last=self.config.recsys.checkpoint.keep_last,
         )
+
+    def _common_weights(self):
+        """Inside, all replicas hold the weights to show; only modes of `recsys.data_parallel` let them differ."""
+        return self.mode.evaluation() if self.mode else contextlib.nullcontext()
+
+    def _progress(self) -> int:
+        """Steps of the run so far; `state["step"]` counts those of this replica."""
+        return self.mode.progress(self.state["step"]) if self.mode else self.state["step"]
 
     def _step(self, micro_batches: list) -> torch.Tensor:
         length = micro_batches[0][0].shape[1]
@@ -249,15 +273,27 @@ class Trainer:
             self._check_finite(loss)
         return loss
 
-    def _check_finite(self, loss: torch.Tensor) -> None:
-        """Every rank has the same loss, so all stop together; checkpoints are only written from finite ones."""
-        if not math.isfinite(loss.item()):
+    def _check_finite(self, loss: torch.Tensor, together: bool = False) -> None:
+        """All ranks stop together; checkpoints are only written from finite losses.
+
+        Every rank has the same loss, but where replicas train alone: those compare theirs when they meet (`together`).
+        """
+        finite = True
+        if self.mode is None or not self.mode.options.local:
+            finite = math.isfinite(loss.item())
+        elif together:
+            finite = self.mode.agreed_by_all(math.isfinite(loss.item()))
+        if not finite:
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state['step']}: training has diverged; lower the learning rate, "
                 "lengthen the warm-up or clip gradients, then start again or --resume"
             )
 
     def _validate(self) -> None:
+        with self._common_weights():
+            self._validate_common()
+
+    def _validate_common(self) -> None:
         metrics = self.evaluate("valid")
         self._length = None
         score, best = self._score(metrics), self.state["best"]
@@ -283,13 +319,18 @@ class Trainer:
         patience = self.config.recsys.training.patience
         return patience is not None and self.state["validations_since_best"] >= patience
 
-    def _save_is_due(self, epoch_done: bool) -> bool:
-        saving, step = self.config.recsys.checkpoint, self.state["step"]
-        epochs = -(-step // self.batches.steps_per_epoch)
-        by_epoch = (
-            saving.every_epochs and epoch_done and (epochs % saving.every_epochs == 0 or step == self.total_steps)
-        )
-        return bool(by_epoch or (saving.every_steps and step % saving.every_steps == 0))
+    def _due(self, now: int) -> tuple[bool, bool, bool]:
+        """(end, validate, save): what there is to do when the run has come from where it last did any of it to `now`."""
+        recsys, epoch = self.config.recsys, self.batches.steps_per_epoch
+
+        def passed(every: int | None) -> bool:
+            return bool(every) and now // every > self._met // every
+
+        finished = now >= self.total_steps
+        validations, saving = recsys.training.eval_every_epochs, recsys.checkpoint
+        validate = bool(validations) and (finished or passed(validations * epoch))
+        by_epoch = saving.every_epochs and (finished or passed(saving.every_epochs * epoch))
+        return finished, validate, bool(by_epoch) or passed(saving.every_steps)
 
     def _call(self, name: str, *arguments) -> None:
         for callback in self.callbacks:

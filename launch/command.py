@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 
-from ds_recsys.errors import UserError
+from ds_recsys.errors import LostRank, UserError
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -22,8 +22,11 @@ def run(main, parser: argparse.ArgumentParser) -> None:
     try:
         main(options)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        lost = isinstance(error, LostRank)
+        if lost or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if lost:
+            os._exit(2)  # taking leave of a process group whose ranks are gone can wait for them
         sys.exit(2)
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_initialized():

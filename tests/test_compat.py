@@ -42,6 +42,21 @@ import ds_recsys.compat
             "DeepSpeedEngine.allreduce_gradients",
             ["self.buffered_allreduce_fallback("],
         ),
+        (
+            DeepSpeedEngine._take_model_step,
+            "DeepSpeedEngine._take_model_step",
+            ["self.lr_scheduler.step(", "self.global_steps += 1", "self.global_samples += self.train_batch_size()"],
+        ),
+        (
+            PipelineEngine._aggregate_total_loss,
+            "PipelineEngine._aggregate_total_loss",
+            ["dist.all_reduce(agg_loss, group=self.mpu.get_data_parallel_group())", "agg_loss /= self.dp_world_size"],
+        ),
+        (
+            BF16_Optimizer.get_grads_for_norm,
+            "BF16_Optimizer.get_grads_for_norm",
+            ["self.fp32_groups_has_gradients[i][j]"],
+        ),
         (PipelineEngine._exec_reduce_grads, "PipelineEngine._exec_reduce_grads", ["self.allreduce_gradients("]),
         (PipelineEngine._bf16_reduce_grads, "PipelineEngine._bf16_reduce_grads", ["self.buffered_allreduce_fallback("]),
         (

@@ -84,6 +84,11 @@ class AdaptivePartition:
             raise UserError(
                 "AdaptivePartition: this engine has no pipeline; give deepspeed.initialize a PipelineModule"
             )
+        if hasattr(engine, "data_parallel"):
+            mode = engine.data_parallel.options.mode
+            raise UserError(
+                f'AdaptivePartition: layers would move under the data-parallel mode "{mode}"; close one of them'
+            )
         self.engine, self.method, self.total_steps = engine, method, total_steps
         self.records: list[Record] = []
         self.moves: list[Move] = []

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
 
 from ds_recsys import compat
 from ds_recsys.comm import probe, state
 from ds_recsys.comm.backend import GradientBackend
+from ds_recsys.comm.groups import group_like, place_of
 from ds_recsys.comm.reducer import Reducer
 from ds_recsys.comm.report import summary
 from ds_recsys.config.compression import Compression
@@ -55,7 +55,7 @@ class GradientCompression:
         self.seconds_waited = 0.0
         self._hooks: list[MethodHook] = []
         self._adapter = None
-        self._group = _group_of_its_own(compat.data_parallel_group(engine))
+        self._group = group_like(compat.data_parallel_group(engine))
         self._world = dist.new_group()  # apart from what DeepSpeed does meanwhile
         method = options.method
         if dist.get_world_size(self._group) == 1:
@@ -73,10 +73,7 @@ class GradientCompression:
     def _choose(self) -> str:
         """What is fastest for the stage with the most gradients decides for all stages."""
         sizes = [p.numel() for p in self.engine.module.parameters() if p.requires_grad]
-        self.choice = probe.choose(self._group, self._make, sum(sizes))
-        seconds = torch.tensor(list(self.choice.seconds.values()))
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=self._world)
-        self.choice = probe.decide(dict(zip(self.choice.seconds, seconds.tolist(), strict=True)), self.choice.values)
+        self.choice = probe.agreed(probe.choose(self._group, self._make, sum(sizes)), self._world)
         if dist.get_rank() == 0:
             logger.info(f"gradient compression: {self.choice}")
         return self.choice.method
@@ -132,16 +129,7 @@ class GradientCompression:
     @cached_property
     def _place(self) -> dict[str, int]:
         """This rank's, as `state.save` wants it."""
-        engine = self.engine
-        return {
-            "rank": dist.get_rank(),
-            "world_size": dist.get_world_size(),
-            "pipe_rank": engine.grid.get_stage_id() if engine.pipeline_parallelism else 0,
-            "data_rank": dist.get_rank(self._group),
-            "data_size": dist.get_world_size(self._group),
-            "tensor_rank": bwc_tensor_model_parallel_rank(engine.mpu),
-            "tensor_size": bwc_tensor_model_parallel_world_size(engine.mpu),
-        }
+        return place_of(self.engine, self._group)
 
     def _save(self, method, save_dir, tag=None, *args, **kwargs):
         tag = tag or f"global_step{self.engine.global_steps}"
@@ -205,6 +193,7 @@ def _refuse(engine, options: Compression) -> None:
     """UserError for what cannot work."""
     zero = engine.zero_optimization_stage()
     reasons = {
+        "the engine has a data-parallel mode; give compression to that": hasattr(engine, "data_parallel"),
         "ZeRO-3 gathers and scatters weights in its own way; use stage 0, 1 or 2": zero > 2,
         "experts of a mixture (MoE) are averaged over groups of their own": engine.has_moe_layers,
         "DeepCompile reduces gradients in compiled graphs; switch it off": engine.is_deepcompile_enabled(),
@@ -225,12 +214,3 @@ def _refuse(engine, options: Compression) -> None:
 def _plain_sgd(optimizer) -> bool:
     optimizer = getattr(optimizer, "optimizer", optimizer)
     return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
-
-
-def _group_of_its_own(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The same ranks in a new group, so that what a background thread sends cannot meet what DeepSpeed sends. Collective."""
-    own = dist.get_process_group_ranks(group)
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    groups = {tuple(ranks): dist.new_group(ranks) for ranks in dict.fromkeys(map(tuple, everyone))}
-    return groups[tuple(own)]

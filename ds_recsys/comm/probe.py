@@ -48,6 +48,13 @@ def decide(seconds: dict[str, float], values: int) -> Choice:
     return Choice(best, seconds, values)
 
 
+def agreed(choice: Choice, world: dist.ProcessGroup | None) -> Choice:
+    """The choice that the slowest group's times make. Collective over `world`, whose groups each chose for themselves."""
+    seconds = torch.tensor(list(choice.seconds.values()))
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=world)
+    return decide(dict(zip(choice.seconds, seconds.tolist(), strict=True)), choice.values)
+
+
 def _time(group, method: str, make_reducer: Callable, values: int) -> float:
     """Of the slowest rank, the best of as many runs as `_SECONDS` allow, at least two."""
     device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")

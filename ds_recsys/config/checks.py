@@ -45,6 +45,7 @@ def check_file(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> Non
             "change one of them"
         )
     _check_compression(deepspeed, recsys, source)
+    _check_data_parallel(deepspeed, recsys, source)
     if recsys.model.num_layers is not None and recsys.model.num_layers + _head_layers(recsys) < recsys.pipe:
         raise UserError(
             f'{source}: "recsys.model.num_layers" {recsys.model.num_layers} is less than "recsys.pipe" {recsys.pipe}: '
@@ -70,6 +71,43 @@ def _check_compression(deepspeed: Mapping[str, Any], recsys: Recsys, source: str
             f'{what} and "communication_data_type" "{deepspeed["communication_data_type"]}" both say what gradients are '
             "sent as; remove one"
         )
+
+
+def _check_data_parallel(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> None:
+    mode = recsys.data_parallel.mode
+    if mode == "sync":
+        return
+    what = f'{source}: "recsys.data_parallel.mode" "{mode}"'
+    stage = zero_stage(deepspeed)
+    if stage and recsys.data_parallel.local:
+        raise UserError(
+            f'{what} does not work with "zero_optimization.stage" {stage}, whose shards of the optimizer assume equal '
+            "replicas; use stage 0"
+        )
+    if stage:
+        raise UserError(f'{what} does not work with "zero_optimization.stage" {stage}; use stage 0')
+    for name in ("fp16", "bf16", "bfloat16"):
+        if _enabled(deepspeed.get(name)) and name == "fp16":
+            raise UserError(f'{what} does not work with "fp16.enabled" true, whose loss scale changes; remove it')
+        if _enabled(deepspeed.get(name)) and recsys.data_parallel.local:
+            raise UserError(
+                f'{what} does not work with "{name}.enabled" true, whose optimizer shards its fp32 weights over the '
+                "replicas; train in fp32"
+            )
+    if deepspeed.get("communication_data_type"):
+        raise UserError(
+            f'{what} sends what "recsys.compression" says, not "communication_data_type" '
+            f'"{deepspeed["communication_data_type"]}"; remove the latter'
+        )
+    if recsys.partition.measured:
+        raise UserError(
+            f'{what} does not work with "recsys.partition.method" "{recsys.partition.method}": layers would move under it; '
+            'use "parameters", "uniform" or bounds'
+        )
+    if recsys.head.sparse_gradients is True:
+        raise UserError(f'{what} does not work with "recsys.head.sparse_gradients" true; use "auto" or false')
+    if recsys.compression.momentum:
+        raise UserError(f'{what} does not work with "recsys.compression.momentum", which corrects gradients; remove it')
 
 
 def check_bounds(bounds: list[int] | None, pipe: int, num_layers: int | None, source: str) -> None:

@@ -163,10 +163,11 @@ def resolve_pipeline(
 
 
 def resolve_sparse_gradients(deepspeed: dict[str, Any], recsys: Recsys, record: Record) -> Recsys:
-    """Rows wherever the loss leaves most of the table alone and DeepSpeed lets gradients be rows."""
+    """Rows wherever the loss leaves most of the table alone, and DeepSpeed and the mode let gradients be rows."""
     if recsys.head.loss == "full":  # touches every row: nothing was decided for the user
         return recsys.model_copy(update={"head": recsys.head.model_copy(update={"sparse_gradients": False})})
-    return _changed(recsys, {"head.sparse_gradients": no_sparse_gradients(deepspeed) is None}, record)
+    rows = no_sparse_gradients(deepspeed) is None and recsys.data_parallel.mode == "sync"
+    return _changed(recsys, {"head.sparse_gradients": rows}, record)
 
 
 def resolve_rest(recsys: Recsys, record: Record) -> Recsys:

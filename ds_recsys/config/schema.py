@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ds_recsys.config.base import Auto, Block, NonNegative, Positive
 from ds_recsys.config.compression import Compression
+from ds_recsys.config.data_parallel import DataParallel
 from ds_recsys.config.partition import Partition
 
 
@@ -283,5 +284,6 @@ class Recsys(Block):
     training: Training = Field(Training(), description="")
     evaluation: Evaluation = Field(Evaluation(), description="")
     checkpoint: Checkpoint = Field(Checkpoint(), description="")
+    data_parallel: DataParallel = Field(DataParallel(), description="")
     compression: Compression = Field(Compression(), description="")
     timeline: Timeline = Field(Timeline(), description="")

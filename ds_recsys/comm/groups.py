@@ -1,0 +1,41 @@
+"""Process groups of our own, apart from DeepSpeed's, and where in the grid of ranks this one stands."""
+
+import torch.distributed as dist
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
+
+
+def group_of(ranks: list[int]) -> dist.ProcessGroup:
+    """A new group of `ranks`, which this one is among; every rank of the world calls it at once, each with its own group's.
+
+    What a background thread sends there cannot meet what DeepSpeed sends.
+    """
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, list(ranks))
+    groups = {tuple(some): dist.new_group(some) for some in dict.fromkeys(map(tuple, everyone))}
+    return groups[tuple(ranks)]
+
+
+def group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The same ranks in a new group. Collective over the world."""
+    return group_of(dist.get_process_group_ranks(group))
+
+
+def replica_group(data_group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A new group of the ranks that hold one replica between them: those with one place on the data axis. Collective."""
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, dist.get_rank(data_group))
+    own = everyone[dist.get_rank()]
+    return group_of([rank for rank, place in enumerate(everyone) if place == own])
+
+
+def place_of(engine, data_group: dist.ProcessGroup) -> dict[str, int]:
+    """Where this rank stands: what a file of its own in a checkpoint is good for."""
+    return {
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+        "pipe_rank": engine.grid.get_stage_id() if engine.pipeline_parallelism else 0,
+        "data_rank": dist.get_rank(data_group),
+        "data_size": dist.get_world_size(data_group),
+        "tensor_rank": bwc_tensor_model_parallel_rank(engine.mpu),
+        "tensor_size": bwc_tensor_model_parallel_world_size(engine.mpu),
+    }

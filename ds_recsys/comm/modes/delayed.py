@@ -1,0 +1,143 @@
+"""`Delayed`: the average of a step's gradients is used in the next step, and travels while that one is computed."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ds_recsys import compat
+from ds_recsys.comm.modes.base import Mode
+from ds_recsys.comm.modes.travel import Courier, Travelling
+
+
+class Delayed(Mode):
+    """One step of staleness: step t computes its gradients, waits for the average of step t - 1's, and applies that one.
+
+    The first step only sends; `flush` applies what is under way as one more optimizer step, so N batches make N steps. The
+    correction of a delay (DC-ASGD, https://arxiv.org/abs/1609.08326, equation 5, with the average gradient in place of a
+    worker's) is g + correction x g x g x (weights now - weights that g was computed at).
+
+    An average with a NaN or an infinity is skipped on all ranks, and what error feedback keeps is as if it had not been.
+    """
+
+    def __init__(self, engine, options, compression):
+        super().__init__(engine, options, compression)
+        self._fp32 = compat.fp32_gradients(engine.optimizer) if hasattr(engine.optimizer, "bf16_groups") else {}
+        self._reducer, self._courier = self.make_reducer(), Courier(self.data_size)
+        self._travelling: Travelling | None = None
+        self._average: Tensor | None = None  # what has been waited for and not been applied
+        self._finite = self._first = True
+        self._skips = False  # the step that is being taken
+        self._weights_then: Tensor | None = None  # that the gradients under way were computed at
+        self._spare: Tensor | None = None
+        self.seconds_waited = 0.0
+
+    def reduce_gradients(self, method: Callable, grads=None, **options) -> None:
+        if grads is not None:
+            return method(grads=grads, **options)
+        own, self._spare = self._read(), None
+        self._first = not self._wait()
+        self._skips = self._first or not self._finite
+        self._apply()
+        if self.options.delay_correction:
+            self._weights_then = self.parameters.read(self._weights_then)
+        self._travelling = self._courier.send(self._reducer, own, self.parameters)
+        return None
+
+    def _gradients(self) -> list[Tensor]:
+        parameters = self.parameters.parameters
+        for parameter in parameters:
+            if not self._fp32 and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [self._fp32[parameter] if self._fp32 else parameter.grad for parameter in parameters]
+
+    @torch.no_grad()
+    def _read(self) -> Tensor:
+        flat = self.parameters.empty() if self._spare is None else self._spare
+        for view, gradient in zip(self.parameters.views(flat), self._gradients(), strict=True):
+            view.copy_(gradient.view_as(view))  # BF16_Optimizer's are flat
+        return flat
+
+    def _wait(self) -> bool:
+        """Whether there was something under way; its average is in `_average` then."""
+        if self._travelling is not None:
+            begin = time.perf_counter()
+            with self.watched():
+                self._average = self._travelling.wait()
+            self.seconds_waited += time.perf_counter() - begin
+            self._travelling = None
+            self._finite = self.agreed(bool(self._average.sum().isfinite()))
+            self._reducer.commit() if self._finite else self._reducer.discard()
+            if not self._finite:
+                self.warn_dropped()
+        return self._average is not None
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        """The engine's gradients <- the average, corrected."""
+        average, self._average = self._average, None
+        if average is None:
+            return
+        if self.options.delay_correction:
+            moved = self.parameters.read().sub_(self._weights_then)
+            average.addcmul_(moved.mul_(average), average, value=self.options.delay_correction)
+        for view, gradient in zip(self.parameters.views(average), self._gradients(), strict=True):
+            gradient.copy_(view.view_as(gradient))
+        self._spare = average
+
+    def optimizer_step(self, method: Callable, *args, **kwargs):
+        if self._skips:
+            self.skip()
+            return None
+        if not self.guarded:
+            self.engine.optimizer.overflow = False
+        return method(*args, **kwargs)
+
+    def after_step(self) -> None:
+        if self._first:
+            self.engine.skipped_steps -= 1  # nothing was lost: its gradients are under way
+
+    def flush(self) -> None:
+        """Apply what is under way, as an optimizer step that counts as no batch. Collective."""
+        if self._wait():
+            self._skips = not self._finite
+            self._apply()
+            if self._fp32:
+                compat.mark_gradients(self.engine.optimizer)
+            self.take_step()
+
+    def before_evaluation(self) -> None:
+        self.flush()
+
+    def state_dict(self) -> dict:
+        shared = {"finite": self._finite}
+        if self._wait():
+            shared |= {"average": self.parameters.as_dict(self._average), "finite": self._finite}
+            if self._weights_then is not None:
+                shared["weights_then"] = self.parameters.as_dict(self._weights_then)
+        return {"shared": shared, "own": {"reducer": self._reducer.state_dict()}}
+
+    def load_state_dict(self, content: dict) -> None:
+        shared, own = content.get("shared", {}), content.get("own", {})
+        self._travelling = None
+        self._average, self._weights_then = (
+            self.parameters.from_dict(shared[key]) if key in shared else None for key in ("average", "weights_then")
+        )
+        self._finite = shared.get("finite", True)
+        if "reducer" in own:
+            self._reducer.load_state_dict(own["reducer"])
+
+    def as_dict(self) -> dict:
+        totals = self._reducer.totals
+        return {
+            **super().as_dict(),
+            "skipped": totals.skipped,
+            "sent_bytes": totals.sent_bytes,
+            "seconds": totals.seconds,
+            "seconds_waited": self.seconds_waited,
+        }
+
+    def close(self) -> None:
+        super().close()
+        self._courier.close()

@@ -1,0 +1,58 @@
+"""What bench.py modes compares: names of the modes and compressors, and the settings of each."""
+
+from pathlib import Path
+
+from benchmarks import compression_training
+from benchmarks.compression_methods import DENSE
+
+SYNC, ALONE = "sync", "alone"
+MODES = (SYNC, "delayed", "local_sgd", "diloco", "async")
+METHODS = ("none", "int8")
+_LOCAL = ("local_sgd", "diloco")
+_NEVER = 1_000_000  # steps: longer than any run here
+_TITLES = {
+    ALONE: "each replica alone",
+    "delayed": "delayed",
+    "local_sgd": "local SGD",
+    "diloco": "DiLoCo",
+    "async": "async",
+}
+
+
+def arm(mode: str, method: str) -> str:
+    """One name for both, in figures."""
+    return mode if method == "none" else f"{mode}_{method}"
+
+
+def title(mode: str, method: str = "none") -> str:
+    """For people."""
+    name = _TITLES.get(mode, mode)
+    return name if method == "none" else f"{name}, {method}"
+
+
+def settings(config: Path, mode: str, method: str, ranks: int, every: int, data: str | None = None) -> dict:
+    """Dotted keys over the config: plain data parallelism of one micro-batch, the mode, and what compresses it.
+
+    ALONE never sends: replicas of local SGD whose first average is beyond the end of every run.
+    """
+    found = compression_training.settings(config, DENSE if method == "none" else method, ranks, data)
+    if mode != SYNC:
+        found["recsys.data_parallel.mode"] = "local_sgd" if mode == ALONE else mode
+    if mode in (ALONE, *_LOCAL):
+        found["recsys.data_parallel.every"] = _NEVER if mode == ALONE else every
+    return found
+
+
+def margin(mode: str, every: int) -> int | None:
+    """More steps than one replica can be ahead of another; None where they need not take equally many."""
+    return None if mode in (ALONE, "async") else every + 2 if mode in _LOCAL else 4
+
+
+def groups(modes: list[str], methods: list[str]) -> list[list[tuple[str, str]]]:
+    """(mode, method) of the jobs that are up at once, which all of them together would not fit into memory.
+
+    Each group has what the others are compared with: replicas alone, and dense synchronous training.
+    """
+    references = [(ALONE, "none"), (SYNC, "none")]
+    wanted = [[(mode, method) for mode in modes if (mode, method) not in references] for method in methods]
+    return [[*references, *group] for group in wanted if group]

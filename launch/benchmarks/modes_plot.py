@@ -1,0 +1,55 @@
+"""The plot of bench.py modes: validation loss over the time that the steps take on each link, and samples a second."""
+
+from pathlib import Path
+from statistics import mean
+
+from benchmarks import plots
+from benchmarks.modes_arms import ALONE, MODES, title
+from benchmarks.modes_report import by_seed, windows
+from benchmarks.modes_speed import CELLS, EVEN, HALF, LINKS, STOP
+from benchmarks.repeats import median
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Dense arms are drawn solid, int8 dashed or pale; whole trainings without the cluster, seconds a step from it."""
+    cells, trained = windows(rows), by_seed(rows)
+    colour = plots.colours(MODES)
+    with plots.drawing(path, 1, len(LINKS) + 1, width=4.4, height=3.8) as axes:
+        for axis, link in zip(axes[0], LINKS, strict=False):
+            for (mode, method), seeds in trained.items():
+                cell = cells.get((mode, method, link, EVEN))
+                if not cell:
+                    continue
+                seconds, losses = curve(list(seeds.values()), median(row["step_seconds"] for row in cell))
+                style = {"color": colour[mode], "linestyle": "-" if method == "none" else "--", "linewidth": 1.2}
+                axis.plot(seconds, losses, label=title(mode, method), **style)
+            axis.set(title=f"dense communication / compute: {link}x", xlabel="seconds", ylabel="validation loss")
+            if axis.lines:
+                axis.legend(fontsize=7)
+        _bars(axes[0][-1], cells, colour)
+
+
+def curve(seeds: list[dict], step_seconds: float) -> tuple[list[float], list[float]]:
+    """(seconds, validation losses, the mean over the seeds); validations are equally many steps apart."""
+    losses = [mean(values) for values in zip(*(row["valid"] for row in seeds), strict=True)]
+    apart = seeds[0]["steps"] / len(losses) * step_seconds
+    return [apart * number for number in range(1, len(losses) + 1)], losses
+
+
+def _bars(axis, cells: dict, colour: dict) -> None:
+    arms = list(dict.fromkeys((key[0], key[1]) for key in cells if key[0] != ALONE))
+    width = 0.8 / max(len(arms), 1)
+    for number, (mode, method) in enumerate(arms):
+        heights = [median(row["samples_per_s"] for row in cells.get((mode, method, *cell), [])) if (mode, method, *cell)
+                   in cells else 0 for cell in CELLS]  # fmt: skip
+        places = [x + (number - (len(arms) - 1) / 2) * width for x in range(len(CELLS))]
+        axis.bar(places, heights, width, color=colour[mode], alpha=1.0 if method == "none" else 0.5)
+    alone = cells.get((ALONE, "none", 1, EVEN))
+    if alone:
+        axis.axhline(median(row["samples_per_s"] for row in alone), color="black", linewidth=0.8)
+        axis.text(
+            0.99, 1.0, "replicas alone", transform=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=7
+        )
+    words = {EVEN: "", HALF: "\none at\nhalf speed", STOP: "\none\nstopped"}
+    axis.set_xticks(range(len(CELLS)), [f"{link}x{words[situation]}" for link, situation in CELLS])
+    axis.set_ylabel("samples/s, all replicas (pale: int8)")
