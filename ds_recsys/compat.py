@@ -111,6 +111,11 @@ def data_parallel_group(engine):
     return groups._get_sequence_data_parallel_group()
 
 
+def clipping_group():
+    """The group over which DeepSpeed's own clipping of fp32 gradients averages their norm."""
+    return groups._get_data_parallel_group()
+
+
 def casts_gradients(engine) -> bool:
     """Whether the config's `communication_data_type` says what gradients are sent as."""
     return engine._config.communication_data_type is not None

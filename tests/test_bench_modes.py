@@ -140,6 +140,7 @@ def test_settings_are_those_of_the_mode_and_the_compressor():
     assert not [
         key for key in settings(config, "sync", "none", 4, 20) if "data_parallel" in key or "compression" in key
     ]
+    assert settings(config, ALONE, "none", 4, 20)["recsys.data_parallel.every"] > 100_000
     for mode in (ALONE, *MODES):
         load_config(config, overrides=settings(config, mode, "int8", 4, 20))
 
@@ -243,9 +244,10 @@ def test_a_replica_goes_on_where_its_job_has_ended(tmp_path):
         raise RuntimeError("the arm ended")
 
     replicas._mail["a"] = SimpleNamespace(folder=tmp_path, ask=ask)
+    begin = time.monotonic()
     with pytest.raises(RuntimeError, match="ended"):
         replicas.window("a", 0.1, [1.0, 1.0], 8, stopped=60.0)
-    assert sent == ["stop", "continue"]
+    assert sent == ["stop", "continue"] and time.monotonic() - begin < 30
 
 
 def test_resuming_takes_over_trainings_and_whole_groups_that_fit(tmp_path, monkeypatch):
@@ -257,6 +259,7 @@ def test_resuming_takes_over_trainings_and_whole_groups_that_fit(tmp_path, monke
     assert modes_speed._whole(rows, 0, arms, 1) == rows
     assert modes_speed._whole(rows, 0, arms, 2) is None and modes_speed._whole(rows[1:], 0, arms, 1) is None
     assert modes_speed._whole([*rows[1:], {**rows[0], "error": "e"}], 0, arms, 1) is None
+    assert modes_speed._whole([*rows, window("delayed", 100)], 0, arms, 1) is None  # another group
 
     trained, file = [], tmp_path / "result.json"
     kept = [WORKLOAD, training("sync", 0, 5.0), training("async", 0, 5.0, ranks=2), training("sync", 1, 5.0, error="e")]

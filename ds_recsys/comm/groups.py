@@ -4,20 +4,20 @@ import torch.distributed as dist
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
 
 
-def group_of(ranks: list[int]) -> dist.ProcessGroup:
+def group_of(ranks: list[int], **options) -> dist.ProcessGroup:
     """A new group of `ranks`, which this one is among; every rank of the world calls it at once, each with its own group's.
 
-    What a background thread sends there cannot meet what DeepSpeed sends.
+    What a background thread sends there cannot meet what DeepSpeed sends. `options` go to `new_group`.
     """
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, list(ranks))
-    groups = {tuple(some): dist.new_group(some) for some in dict.fromkeys(map(tuple, everyone))}
+    groups = {tuple(some): dist.new_group(some, **options) for some in dict.fromkeys(map(tuple, everyone))}
     return groups[tuple(ranks)]
 
 
-def group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def group_like(group: dist.ProcessGroup, **options) -> dist.ProcessGroup:
     """The same ranks in a new group. Collective over the world."""
-    return group_of(dist.get_process_group_ranks(group))
+    return group_of(dist.get_process_group_ranks(group), **options)
 
 
 def replica_group(data_group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -143,7 +143,7 @@ class Reducer:
             chosen, segments, matrices, offset = self._compressor(level), [], [], 0
             for name, shape in tensors:
                 numel = math.prod(shape)
-                compressed = chosen is not None and self._compresses(name, shape)
+                compressed = chosen is not None and is_compressed(self.options, name, shape)
                 if compressed and self._low_rank and self._low_rank.wire_bytes(shape) < 4 * numel:
                     matrices.append((Segment(name, offset, numel, Float32()), shape))
                 else:
@@ -152,9 +152,6 @@ class Reducer:
                 offset += numel
             self._layouts[(tensors, level)] = segments, matrices
         return self._layouts[(tensors, level)]
-
-    def _compresses(self, name: str, shape: tuple[int, ...]) -> bool:
-        return len(shape) > 1 and math.prod(shape) >= self.options.min_elements and "lora_" not in name
 
     def _level(self) -> int:
         """0 to _WARMUP_LEVELS - 1 during the warm-up, then _WARMUP_LEVELS."""
@@ -170,16 +167,7 @@ class Reducer:
             if options.warmup == "dense":
                 return None
             ratio = max(ratio, _WARMUP_RATIO * (ratio / _WARMUP_RATIO) ** (level / _WARMUP_LEVELS))
-        if options.method == "none":
-            return None
-        if options.method == "powersgd":
-            return Float32()
-        keywords = {
-            "int4": {"rotate": options.rotate},
-            "topk": {"ratio": ratio, "values": options.values},
-            "randomk": {"ratio": ratio},
-        }
-        return compressor(options.method, **keywords.get(options.method, {}))
+        return compressor_of(options, ratio)
 
     def _sampled(self, values: Tensor, segments: list[Segment]) -> float:
         """Norm of the gradients that lose something; 0 where nothing does."""
@@ -231,6 +219,28 @@ class Reducer:
             self._low_rank.load_state_dict(state["factors"])
         if self._momentum:
             self._momentum.load_state_dict(state["velocities"])
+
+
+def is_compressed(options: Compression, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is a matrix that the method takes, rather than sent as fp32."""
+    return len(shape) > 1 and math.prod(shape) >= options.min_elements and "lora_" not in name
+
+
+def compressor_of(options: Compression, ratio: float | None = None):
+    """The compressor that a block asks for, with another `ratio` than its own; None for method "none".
+
+    PowerSGD's is a placeholder: a matrix's factors are sent as fp32.
+    """
+    if options.method == "none":
+        return None
+    if options.method == "powersgd":
+        return Float32()
+    keywords = {
+        "int4": {"rotate": options.rotate},
+        "topk": {"ratio": ratio or options.ratio, "values": options.values},
+        "randomk": {"ratio": ratio or options.ratio},
+    }
+    return compressor(options.method, **keywords.get(options.method, {}))
 
 
 def _norm(values: Tensor) -> float:

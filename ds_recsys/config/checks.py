@@ -106,8 +106,17 @@ def _check_data_parallel(deepspeed: Mapping[str, Any], recsys: Recsys, source: s
         )
     if recsys.head.sparse_gradients is True:
         raise UserError(f'{what} does not work with "recsys.head.sparse_gradients" true; use "auto" or false')
-    if recsys.compression.momentum:
+    compression = recsys.compression
+    if compression.momentum:
         raise UserError(f'{what} does not work with "recsys.compression.momentum", which corrects gradients; remove it')
+    if mode == "async":
+        for key, applies, reason in (
+            ("method", compression.method == "powersgd", "powersgd, which needs all replicas at once; choose another"),
+            ("error_feedback", not compression.error_feedback, "false: what was not sent is sent later; remove it"),
+            ("warmup_steps", compression.warmup_steps, "above 0: there are no common steps; remove it"),
+        ):
+            if applies:
+                raise UserError(f'{what} does not work with "recsys.compression.{key}" {reason}')
 
 
 def check_bounds(bounds: list[int] | None, pipe: int, num_layers: int | None, source: str) -> None:
