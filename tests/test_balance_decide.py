@@ -58,6 +58,10 @@ def test_variation_is_the_error_of_a_smoothed_time_and_a_lasting_change_leaves_i
                 variation.restart()  # and what came before still counts
         found.append(variation.error_of_median(5))
     assert sum(found) / 200 == pytest.approx(0.04 * 1.2533 / 5**0.5, rel=0.15)
+    quick = Variation()
+    for step in range(6):
+        quick.add([1.0, 0.001 * (1 + step % 2)])  # a stage of little work that takes twice as long each other time
+    assert quick.error_of_median(5) == pytest.approx(0.001, rel=0.5)
     variation.restart()
     variation.add([100.0, 100.0])
     assert variation.error_of_median(5) == found[-1]

@@ -81,7 +81,7 @@ class Decider:
             costs: as they are estimated now.
             step_seconds: measured, over the same steps as `costs`.
             pause: seconds that a migration to some bounds would take.
-            noise: relative standard error of the stages' times in `costs`.
+            noise: standard error of the stages' times in `costs`, over the slowest one's.
         """
         if step < self._quiet_until or self.verifying:
             return None

@@ -46,13 +46,14 @@ class Variation:
     """How much the times of stages vary from step to step; a change that lasts counts once and leaves the median alone."""
 
     def __init__(self):
-        self._changes: deque[list[float]] = deque(maxlen=_CHANGES)  # relative, of each stage
+        self._changes: deque[list[float]] = deque(maxlen=_CHANGES)  # of each stage, over the time of the slowest
         self._last: Sequence[float] | None = None
 
     def add(self, seconds: Sequence[float]) -> None:
         """Of all stages in one step."""
         if self._last is not None:
-            self._changes.append([abs(now / then - 1) for now, then in zip(seconds, self._last, strict=True)])
+            slowest = max(self._last)  # whose time is the step's: how much a fast stage varies matters little
+            self._changes.append([abs(now - then) / slowest for now, then in zip(seconds, self._last, strict=True)])
         self._last = seconds
 
     def restart(self) -> None:
@@ -60,7 +61,7 @@ class Variation:
         self._last = None
 
     def error_of_median(self, steps: int) -> float:
-        """Relative standard error of the median over `steps` of the noisiest stage; 0 before two steps are known."""
+        """Standard error of the median over `steps` of the noisiest stage, over the slowest's time; 0 before two steps."""
         typical = max((median(changes) for changes in zip(*self._changes, strict=True)), default=0.0)
         return typical * _DEVIATION * _OF_MEDIAN / math.sqrt(steps)
 

@@ -90,7 +90,7 @@ class Meter:
 
     @property
     def noise(self) -> float:
-        """Relative standard error of a stage's smoothed time, of the noisiest stage."""
+        """Standard error of the noisiest stage's smoothed time, over the slowest stage's time."""
         return self._variation.error_of_median(_SMOOTH)
 
     @property
