@@ -6,7 +6,7 @@ import pytest
 
 from ds_recsys.balance.costs import LayerCost, PipelineCosts, StageCost, predict
 from ds_recsys.balance.decide import Decider, Rule, best_cut
-from ds_recsys.balance.estimate import LayerTimes, Variation, estimate
+from ds_recsys.balance.estimate import LayerTimes, estimate
 from ds_recsys.balance.partition import partition
 
 _KINDS = ["table", *["block"] * 8, "head"]
@@ -47,27 +47,6 @@ def test_a_stage_without_a_kind_in_common_counts_as_the_reference():
     assert found.layers[9].total == pytest.approx(4.0)
 
 
-def test_variation_is_the_error_of_a_smoothed_time_and_a_lasting_change_leaves_it_alone():
-    generator, found = random.Random(0), []
-    for _ in range(200):
-        variation = Variation()
-        for step in range(21):
-            slow = 2.0 if step > 15 else 1.0
-            variation.add([generator.gauss(slow, 0.04 * slow), 1.0])
-            if step == 8:
-                variation.restart()  # and what came before still counts
-        found.append(variation.error_of_median(5))
-    assert sum(found) / 200 == pytest.approx(0.04 * 1.2533 / 5**0.5, rel=0.15)
-    quick = Variation()
-    for step in range(6):
-        quick.add([1.0, 0.001 * (1 + step % 2)])  # a stage of little work that takes twice as long each other time
-    assert quick.error_of_median(5) == pytest.approx(0.001, rel=0.5)
-    variation.restart()
-    variation.add([100.0, 100.0])
-    assert variation.error_of_median(5) == found[-1]
-    assert Variation().error_of_median(5) == 0.0
-
-
 def _costs(slowdowns, work=_WORK):
     layers = [LayerCost(w / 3, 2 * w / 3, trainable_bytes=1) for w in work]
     return PipelineCosts(layers, [StageCost(slowdown=s) for s in slowdowns])
@@ -103,14 +82,6 @@ def test_a_straggler_is_acted_on_after_as_many_measurements_as_patience_says():
 def test_jitter_moves_nothing():
     even = [0, 4, 7, 9, 10]  # as good as any, and one stage at the pace of the slowest instead of three
     assert _run(Decider(), lambda _: [1, 1, 1, 1], 500, even, noise=0.1) == ([], even)
-
-
-@pytest.mark.parametrize("noise, moves", [(0.0, 1), (0.05, 1), (0.2, 0)])
-def test_a_gain_must_stand_out_of_the_noise(noise, moves):
-    best, decider = partition(_costs([1, 1, 1, 1]), 16), Decider()
-    costs = _costs([1, 2, 1, 1])  # a third of the step can be saved
-    found = [decider.decide(step, costs, best, 16, 1.0, 1e9, lambda _: 0.0, noise) for step in range(3)]
-    assert sum(decision is not None for decision in found) == moves
 
 
 def test_a_gain_that_the_steps_left_do_not_win_back_is_not_taken():

@@ -139,8 +139,7 @@ class AdaptivePartition:
             return Decision(step, best, meter.step_seconds, share * meter.step_seconds)
         left = float("inf") if self.total_steps is None else self.total_steps - step
         pause = lambda cut: self._pause(bounds, cut)  # noqa: E731
-        costs, noise = meter.costs(), meter.noise
-        return self._decider.decide(step, costs, bounds, micro_batches, meter.step_seconds, left, pause, noise)
+        return self._decider.decide(step, meter.costs(), bounds, micro_batches, meter.step_seconds, left, pause)
 
     def _pause(self, old: tuple[int, ...], new: tuple[int, ...]) -> float:
         """Seconds that a migration would take, by the last one."""

@@ -14,7 +14,6 @@ class Rule:
 
     Attributes:
         gain: least predicted share of the step's time that is saved.
-        noise: by how many standard errors of the stages' times the prediction must exceed that.
         patience: measurements in a row that must promise it.
         margin: how often the pause must be won back in the steps that are left.
         cooldown: steps after a move without another; after a move that is taken back twice as many, and so on.
@@ -23,7 +22,6 @@ class Rule:
     """
 
     gain: float = 0.05
-    noise: float = 3.0
     patience: int = 3
     margin: float = 2.0
     cooldown: int = 20
@@ -73,7 +71,6 @@ class Decider:
         step_seconds: float,
         steps_left: float,
         pause: Callable[[tuple[int, ...]], float],
-        noise: float = 0.0,
     ) -> Decision | None:
         """One measurement; no move is decided on while one is `verifying`.
 
@@ -81,14 +78,12 @@ class Decider:
             costs: as they are estimated now.
             step_seconds: measured, over the same steps as `costs`.
             pause: seconds that a migration to some bounds would take.
-            noise: standard error of the stages' times in `costs`, over the slowest one's.
         """
         if step < self._quiet_until or self.verifying:
             return None
         bounds, rule = tuple(bounds), self.rule
-        least = rule.gain + rule.noise * noise  # of many cuts, noise alone makes one look good
-        best, share = best_cut(costs, bounds, micro_batches, least)
-        self._promised = self._promised + 1 if share >= least else 0
+        best, share = best_cut(costs, bounds, micro_batches, rule.gain)
+        self._promised = self._promised + 1 if share >= rule.gain else 0
         saved = share * step_seconds
         if self._promised < rule.patience or saved * steps_left <= rule.margin * pause(best):
             return None

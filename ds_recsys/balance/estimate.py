@@ -1,15 +1,11 @@
 """From what stages measured to what layers and devices cost: seconds of a layer = its cost x its device's slowdown. Pure."""
 
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
 _ROUNDS = 50
-_CHANGES = 20  # from step to step, which tell how much a stage's time varies by itself
-# of normal values: their standard deviation over the median change from one to the next, the error of a median over a mean's
-_DEVIATION, _OF_MEDIAN = 1.4826 / math.sqrt(2), math.sqrt(math.pi / 2)
 
 
 @dataclass(frozen=True)
@@ -40,30 +36,6 @@ class Estimate:
 def replicas(times: Sequence[float]) -> tuple[float, float]:
     """Of one stage's replicas: (the median, which is what its work costs, the largest, which is what the others wait for)."""
     return median(times), max(times)
-
-
-class Variation:
-    """How much the times of stages vary from step to step; a change that lasts counts once and leaves the median alone."""
-
-    def __init__(self):
-        self._changes: deque[list[float]] = deque(maxlen=_CHANGES)  # of each stage, over the time of the slowest
-        self._last: Sequence[float] | None = None
-
-    def add(self, seconds: Sequence[float]) -> None:
-        """Of all stages in one step."""
-        if self._last is not None:
-            slowest = max(self._last)  # whose time is the step's: how much a fast stage varies matters little
-            self._changes.append([abs(now - then) / slowest for now, then in zip(seconds, self._last, strict=True)])
-        self._last = seconds
-
-    def restart(self) -> None:
-        """The stages hold other layers now."""
-        self._last = None
-
-    def error_of_median(self, steps: int) -> float:
-        """Standard error of the median over `steps` of the noisiest stage, over the slowest's time; 0 before two steps."""
-        typical = max((median(changes) for changes in zip(*self._changes, strict=True)), default=0.0)
-        return typical * _DEVIATION * _OF_MEDIAN / math.sqrt(steps)
 
 
 def estimate(

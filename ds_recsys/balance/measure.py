@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ds_recsys.balance.costs import LayerCost, PipelineCosts, StageCost
-from ds_recsys.balance.estimate import LayerTimes, Variation, estimate, replicas
+from ds_recsys.balance.estimate import LayerTimes, estimate, replicas
 from ds_recsys.balance.layer_sample import LayerProfile
 from ds_recsys.balance.profile import StageProfiler, StepProfile
 from ds_recsys.balance.surroundings import layer_facts, timed_links
@@ -46,7 +46,6 @@ class Meter:
         self._stages: list[int] = [0] * dist.get_world_size()  # by rank
         dist.all_gather_object(self._stages, engine.module.stage_id)
         self._recent: deque[Reading] = deque(maxlen=_SMOOTH)
-        self._variation = Variation()
         self._samples: deque[tuple[LayerTimes, ...]] = deque(maxlen=_SAMPLES)
         self._pending: StepProfile | None = None  # the newest of this rank's samples, until all ranks have one
         self._tokens = 0.0
@@ -70,7 +69,6 @@ class Meter:
         per_token = [[row[4] for row in self._of(stage, rows)] for stage in range(self._module.num_stages)]
         typical, slowest = zip(*map(replicas, per_token), strict=True)
         reading = Reading(tuple(one * self._tokens for one in slowest), max(row[5] for row in rows))
-        self._variation.add(slowest)
         self._recent.append(Reading(slowest, reading.step_seconds))
         # of the ranks, the one that came last did not wait
         self._reduction, self._optimizer = (min(row[column] for row in rows) for column in (6, 7))
@@ -89,11 +87,6 @@ class Meter:
         return len(self._recent) == _SMOOTH
 
     @property
-    def noise(self) -> float:
-        """Standard error of the noisiest stage's smoothed time, over the slowest stage's time."""
-        return self._variation.error_of_median(_SMOOTH)
-
-    @property
     def step_seconds(self) -> float:
         """Of the last steps, median."""
         return median(reading.step_seconds for reading in self._recent)
@@ -101,7 +94,6 @@ class Meter:
     def moved(self) -> None:
         """The stages hold other layers now: what whole stages took before says nothing any more."""
         self._recent.clear()
-        self._variation.restart()
         self._profiler.clear()
         self._pending = None
 
