@@ -224,7 +224,7 @@ config = {{
 }}
 engine, *_ = deepspeed.initialize(model=net, model_parameters=list(net.parameters()), training_data=data, config=config)
 {second}
-for step in range(14):
+for step in range(24):
     loss = engine.train_batch()
     {third}
 if engine.global_rank == 0:
