@@ -99,10 +99,13 @@ class Reference:
             parameter.grad = gradients[name].clone()
         self.optimizers[model].step()
 
-    def local_step(self, step: int) -> None:
-        """Each replica on its own."""
+    def local_step(self, step: int, clip: float | None = None) -> None:
+        """Each replica on its own, by the norm of its own gradients."""
         for replica in range(len(self.models)):
-            self.step(replica, self.gradients(replica, step))
+            gradients = self.gradients(replica, step)
+            norm = torch.cat([gradient.view(-1) for gradient in gradients.values()]).norm()
+            factor = 1.0 if clip is None else min(1.0, clip / norm.item())
+            self.step(replica, {name: factor * gradient for name, gradient in gradients.items()})
 
     def dense_step(self, step: int) -> None:
         """Averaged gradients."""

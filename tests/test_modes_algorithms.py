@@ -10,8 +10,8 @@ from ds_recsys.comm.modes import fragments
 REPLICAS, STEPS = 3, 20
 
 
-def _trained(mode, optimizer, options, flush=True):
-    made = engine(mode, config(optimizer), **options)
+def _trained(mode, optimizer, options, flush=True, clip=0.0):
+    made = engine(mode, config(optimizer, gradient_clipping=clip), **options)
     train(made, 0, STEPS)
     if flush:
         made.data_parallel.flush()
@@ -74,6 +74,16 @@ def test_local_sgd(dense_until):
         _check(reference, "local_sgd", ADAM, options)
 
 
+def test_a_replica_clips_its_own_gradient():
+    reference, free = Reference(REPLICAS, SGD), Reference(REPLICAS, SGD)
+    for step in range(STEPS):
+        reference.local_step(step, clip=0.5)
+        free.local_step(step)
+    found = run_on_grid(_trained, REPLICAS, mode="local_sgd", optimizer=SGD, options={}, flush=False, clip=0.5)
+    for replica, (trained, _) in enumerate(found):
+        assert farthest(trained, reference.weights(replica)) < 1e-5 < farthest(trained, free.weights(replica))
+
+
 def _synchronous(optimizer):
     made = engine(None, config(optimizer))
     train(made, 0, STEPS)
@@ -120,7 +130,7 @@ def test_diloco_with_a_plain_outer_step_of_one_averages_parameters():
     _check(reference, "diloco", ADAM, {"every": 1, "outer_lr": 1.0, "outer_momentum": 0.0})
 
 
-def _streaming(parts, every, tau, alpha):
+def _streaming(parts, every, tau, alpha, flush=False):
     """Algorithm 2 of Streaming DiLoCo: fragment p leaves where step - offset(p) is a multiple of H, arrives tau later."""
     reference = Reference(REPLICAS)
     outer = {name: torch.nn.Parameter(value) for name, value in reference.weights().items()}
@@ -128,6 +138,15 @@ def _streaming(parts, every, tau, alpha):
         torch.optim.SGD([outer[name] for name in sorted(names)], lr=0.7, momentum=0.9, nesterov=True) for names in parts
     ]
     under_way = {}
+
+    def arrive(number, changes):
+        for name, change in changes.items():
+            outer[name].grad = change
+        optimizers[number].step()
+        for replica in range(REPLICAS):
+            own = reference.weights(replica)
+            reference.set({n: alpha * own[n] + (1 - alpha) * outer[n].detach() for n in changes}, replica)
+
     for step in range(1, STEPS + 1):
         reference.local_step(step - 1)
         for number, names in enumerate(parts):
@@ -136,12 +155,9 @@ def _streaming(parts, every, tau, alpha):
                 average = reference.mean()
                 under_way[number, step + tau] = {name: outer[name].detach() - average[name] for name in names}
             if (number, step) in under_way:
-                for name, change in under_way.pop((number, step)).items():
-                    outer[name].grad = change
-                optimizers[number].step()
-                for replica in range(REPLICAS):
-                    own = reference.weights(replica)
-                    reference.set({n: alpha * own[n] + (1 - alpha) * outer[n].detach() for n in names}, replica)
+                arrive(number, under_way.pop((number, step)))
+    for (number, _), changes in under_way.items() if flush else ():
+        arrive(number, changes)
     return reference
 
 
@@ -165,3 +181,10 @@ def test_fragments_are_balanced_and_copies_stay_together():
         assert max(others) - min(others) <= 100
     leaving = [[p for p in range(3) if fragments.leaves(p, step, 6, 3)] for step in range(1, 13)]
     assert leaving == [[], [1], [], [2], [], [0]] * 2
+
+
+def test_what_is_under_way_at_the_end_arrives_once():
+    options = {"every": 5, "overlap_steps": 2}
+    parts = [Reference(1).weights().keys()]
+    _check(_streaming(parts, 5, 2, 0.0, flush=True), "diloco", ADAM, options)
+    assert farthest(_streaming(parts, 5, 2, 0.0).weights(), _streaming(parts, 5, 2, 0.0, flush=True).weights()) > 1e-3

@@ -149,6 +149,21 @@ def test_a_run_of_the_trainer_resumes_bit_exactly(folder, mode):
     assert json.loads((folder / again / "data_parallel.json").read_text())["mode"] == MODES[mode]["mode"]
 
 
+def _finish(folder):
+    values = _values("diloco", pipe=1, training={"steps": 10, "eval_every_epochs": 1, "keep_best": False})
+    trainer = ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=folder / "finished")
+    trainer.train()
+    return trainer.evaluate("valid")
+
+
+def test_the_last_validation_shows_what_the_run_ends_with(folder):
+    """10 = 3 x 3 + 1 steps: the last of them is part of it."""
+    found = run_on_grid(_finish, 2, folder=folder)
+    records = [json.loads(line) for line in (folder / "finished" / "log.jsonl").read_text().splitlines()]
+    last = [record for record in records if "valid" in record][-1]
+    assert last == {"step": 10, "valid": found[0]}
+
+
 def _copy_until(source, target, step):
     """The run as it would be had it been killed after the checkpoint of `step`."""
     import shutil
@@ -163,6 +178,7 @@ def _copy_until(source, target, step):
 def _reshape(folder, name, values):
     trainer = ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=folder / name, resume=True)
     trainer.callbacks = []
+    assert trainer.state["step"] == trainer.mode.steps == 5
     before = trainer.evaluate("test")
     losses = _steps(trainer, 4)
     trainer.mode.flush()
