@@ -47,6 +47,18 @@ def test_a_stage_without_a_kind_in_common_counts_as_the_reference():
     assert found.layers[9].total == pytest.approx(4.0)
 
 
+def test_layers_of_almost_no_time_do_not_compare_devices():
+    """Four little ones, and two of them beside two large ones of another kind: what the little ones take is noise."""
+    kinds, bounds = ["small"] * 6 + ["large"] * 2, [0, 4, 8]
+    seconds = [2e-4] * 4 + [1e-4] * 2 + [3e-2] * 2  # as if the first device had half the speed
+    times = {n: LayerTimes(one / 2, one / 2) for n, one in enumerate(seconds)}
+    found = estimate(times, kinds, bounds, [8e-4, 6.02e-2])
+    assert found.slowdowns == pytest.approx([1, 1])
+    larger = [one if n < 6 else 2e-4 for n, one in enumerate(seconds)]
+    times = {n: LayerTimes(one / 2, one / 2) for n, one in enumerate(larger)}
+    assert estimate(times, kinds, bounds, [8e-4, 6e-4]).slowdowns == pytest.approx([2, 1])
+
+
 def _costs(slowdowns, work=_WORK):
     layers = [LayerCost(w / 3, 2 * w / 3, trainable_bytes=1) for w in work]
     return PipelineCosts(layers, [StageCost(slowdown=s) for s in slowdowns])

@@ -264,6 +264,7 @@ def _lost(on_lost, victim):
     mode = engine.data_parallel
     mode.meet(mode.progress(0))
     if dist.get_rank() == victim:
+        time.sleep(2)  # until the others are through the meeting too
         return None  # this process ends without a word
     before = mode.steps
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 _ROUNDS = 50
+_LEAST_SHARE = 0.03  # of a stage's time: layers that take less say nothing about its device, only about the clock
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ def estimate(
     """Tell layers that cost more from devices that are slower.
 
     Layers of one kind, such as the decoder blocks, cost the same everywhere, so what they take on different stages
-    compares the devices. A stage with no kind in common with another is taken to be as fast as the reference. What a
-    stage takes as a whole is measured at every step and its layers only now and then: the difference is its device's.
+    compares the devices. A stage with no kind in common with another, or hardly any, is taken to be as fast as the
+    reference. What a stage takes as a whole is measured at every step and its layers only now and then: the difference is
+    its device's.
 
     Args:
         measured: by layer, all of them; zero for one that takes no time.
@@ -72,11 +74,14 @@ def estimate(
 
 def _slowdowns(seconds: Mapping[int, float], kinds: Sequence, stage_of: Sequence[int], stages: int) -> list[float]:
     """By stage, up to a common factor: least squares of log(seconds) = log(cost of the kind) + log(slowdown)."""
-    timed = [(kinds[n], stage, math.log(seconds[n])) for n, stage in enumerate(stage_of) if seconds[n] > 0]
-    stages_of_kind: dict = {}
-    for kind, stage, _ in timed:
-        stages_of_kind.setdefault(kind, set()).add(stage)
-    shared = [row for row in timed if len(stages_of_kind[row[0]]) > 1]
+    totals = [0.0] * stages
+    for n, stage in enumerate(stage_of):
+        totals[stage] += seconds[n]
+    timed = [(kinds[n], stage, seconds[n]) for n, stage in enumerate(stage_of) if seconds[n] > 0]
+    shared = _on_several(timed)
+    shares = [sum(value for _, on, value in shared if on == stage) / (totals[stage] or 1.0) for stage in range(stages)]
+    shared = _on_several([row for row in shared if shares[row[1]] >= _LEAST_SHARE])
+    shared = [(kind, stage, math.log(value)) for kind, stage, value in shared]
     slow = [0.0] * stages
     for _ in range(_ROUNDS):
         costs = {
@@ -90,3 +95,11 @@ def _slowdowns(seconds: Mapping[int, float], kinds: Sequence, stage_of: Sequence
     compared = {stage for _, stage, _ in shared}
     least = min((slow[stage] for stage in compared), default=0.0)
     return [math.exp(slow[stage] - least) if stage in compared else 1.0 for stage in range(stages)]
+
+
+def _on_several(rows: list[tuple]) -> list[tuple]:
+    """Those (kind, stage, ...) whose kind is on more than one stage."""
+    stages: dict = {}
+    for kind, stage, *_ in rows:
+        stages.setdefault(kind, set()).add(stage)
+    return [row for row in rows if len(stages[row[0]]) > 1]
