@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ds_recsys.comm.groups import survivors
 from ds_recsys.errors import UserError
 
 _WRITING, _LATEST, _STATE, _MANIFEST = ".writing", "latest", "state.json", "manifest.json"
@@ -42,17 +43,17 @@ def save(
     Returns:
         The folder of the new checkpoint, visible only once it is whole.
     """
-    folder, rank = Path(folder), torch.distributed.get_rank()
+    folder, rank, world = Path(folder), torch.distributed.get_rank(), survivors(engine)
     writing, final = folder / _WRITING, folder / f"step_{step:08d}"
     if rank == 0:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-    torch.distributed.barrier()
+    torch.distributed.barrier(world)
     engine.save_checkpoint(str(folder), tag=_WRITING, client_state=client_state or {}, save_latest=False)
     if rank == 0:
         (writing / _STATE).write_text(json.dumps(state))
-    torch.distributed.barrier()
-    manifest = _fingerprint(writing)
+    torch.distributed.barrier(world)
+    manifest = _fingerprint(writing, world)
     if rank == 0:
         (writing / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (writing / _MANIFEST, writing / _STATE, writing):
@@ -66,7 +67,7 @@ def save(
                 :-keep_last
             ]:
                 shutil.rmtree(old.parent, ignore_errors=True)
-    torch.distributed.barrier()
+    torch.distributed.barrier(world)
     return final
 
 
@@ -126,13 +127,13 @@ def load(engine, checkpoint: Path) -> dict:
     return read_state(checkpoint)
 
 
-def _fingerprint(folder: Path) -> dict[str, list[int]]:
+def _fingerprint(folder: Path, world=None) -> dict[str, list[int]]:
     """{file name: [bytes, CRC-32]} of the files in `folder`, read once each, shared out over the ranks and flushed."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, world_size = torch.distributed.get_rank(world), torch.distributed.get_world_size(world)
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
     mine = {name: list(_size_and_crc(folder / name)) for name in names[rank::world_size]}
     parts = [None] * world_size
-    torch.distributed.all_gather_object(parts, mine)
+    torch.distributed.all_gather_object(parts, mine, group=world)
     return {name: entry for part in parts for name, entry in part.items()}
 
 

@@ -6,6 +6,7 @@ from itertools import islice
 import torch
 
 from ds_recsys import compat
+from ds_recsys.comm.groups import data_place, survivors
 from ds_recsys.data.batches import EvalBatches
 from ds_recsys.head.ranking import rank_all
 from ds_recsys.metrics import RankingMetrics, seen_items
@@ -42,14 +43,15 @@ def evaluate(
         over the whole catalogue, nothing filtered}
     """
     grid = engine.grid
+    data_rank, data_size = data_place(engine)
     batches = EvalBatches(
         interactions,
         split,
         which,
         max_length=max_length,
         batch_size=batch_size,
-        data_size=grid.get_data_parallel_world_size(),
-        data_rank=grid.get_data_parallel_rank(),
+        data_size=data_size,
+        data_rank=data_rank,
         length_multiple=length_multiple,
     )
 
@@ -70,7 +72,7 @@ def evaluate(
     if not engine.is_last_stage() or grid.get_slice_parallel_rank():  # tensor ranks have the same figures: one counts
         state.zero_()
     state = state.to(engine.device)
-    torch.distributed.all_reduce(state)
+    torch.distributed.all_reduce(state, group=survivors(engine))
     state = state.cpu()
     metrics.load_state(state[1:])
     return {**metrics.compute(), "loss": (state[0] / batches.num_users).item()}

@@ -230,7 +230,14 @@ class Trainer:
         """Write the model as a Hugging Face folder with the item catalogue; replaces `folder` when it is whole."""
         log = self.interactions
         with self._common_weights():
-            export(self.pipe, folder, item_ids=log.items, titles=log.titles, extra_config=self._serving)
+            export(
+                self.pipe,
+                folder,
+                item_ids=log.items,
+                titles=log.titles,
+                extra_config=self._serving,
+                world=self.mode.world if self.mode else None,
+            )
 
     def save(self) -> None:
         """Checkpoint model, optimizer, scheduler, counters, data position and stage bounds, atomically."""

@@ -1,6 +1,7 @@
 """Layer costs told apart from slow devices, and when a move is decided, verified and taken back."""
 
 import random
+from statistics import fmean, median
 
 import pytest
 
@@ -96,6 +97,43 @@ def test_jitter_moves_nothing():
     assert _run(Decider(), lambda _: [1, 1, 1, 1], 500, even, noise=0.1) == ([], even)
 
 
+def _smoothed(rule, speeds_at, steps=500, micro_batches=8):
+    """Moves in a pipeline of a table, 27 blocks and a head, whose stages' times are medians over five steps."""
+    generator, decider, recent, moves = random.Random(1), Decider(rule), [], []
+    work = [0.1, *[1.0] * 27, 1.0]
+    bounds = best = tuple(partition(_costs([1, 1, 1, 1], work), micro_batches))
+    for step in range(steps):
+        slow = [fmean(1 / speed for speed in draws) for draws in zip(*speeds_at(step, generator), strict=True)]
+        recent = [*recent, slow][-5:]
+        costs = _costs([median(stage) for stage in zip(*recent, strict=True)], work)
+        seconds = predict(_costs(slow, work), bounds, micro_batches).step_seconds
+        if decider.verifying:
+            decision = decider.verify(step, seconds)
+        else:
+            decision = decider.decide(step, costs, bounds, micro_batches, seconds, steps - step, lambda _: 0.1)
+        if decision:
+            moves.append((step, decision.bounds == best))
+            bounds, recent = decision.bounds, []
+    return moves
+
+
+def _jittered(step, generator):
+    """Each device's speed changes by up to a tenth, three times a step."""
+    return [[generator.uniform(0.9, 1.1) for _ in range(4)] for _ in range(3)]
+
+
+def test_jitter_of_smoothed_times_moves_nothing_where_patience_alone_lets_it():
+    """The windows of successive measurements overlap, so that one chance gain promises itself several times in a row."""
+    assert len(_smoothed(Rule(evidence=0.0), _jittered)) > 2
+    assert _smoothed(Rule(), _jittered) == []
+
+
+def test_a_small_gain_is_taken_when_it_lasts():
+    slower = lambda step, _: [[1, 0.85 if step >= 10 else 1, 1, 1]]  # noqa: E731
+    moves = _smoothed(Rule(), slower, steps=100)
+    assert len(moves) == 1 and 13 < moves[0][0] < 40
+
+
 def test_a_gain_that_the_steps_left_do_not_win_back_is_not_taken():
     best = partition(_costs([1, 1, 1, 1]), 16)
     decisions, _ = _run(Decider(), lambda _: [1, 2, 1, 1], 20, best, pause=1e4)
@@ -121,7 +159,7 @@ def test_nothing_moves_during_the_cooldown():
 def test_moves_that_are_taken_back_become_rarer():
     best = partition(_costs([1, 1, 1, 1]), 16)
     slow = predict(_costs([1, 2, 1, 1]), best, 16).step_seconds
-    rule = Rule(cooldown=5, patience=1, verify=1)
+    rule = Rule(cooldown=5, patience=1, evidence=0, verify=1)
     decisions, _ = _run(Decider(rule), lambda _: [1, 2, 1, 1], 80, best, jump=lambda step, seconds: slow)
     assert [d.step for d in decisions if not d.back] == [0, 11, 32, 73]
 

@@ -19,7 +19,7 @@ from benchmarks import harness, plots
 from ds_recsys.errors import UserError
 
 _ROOT = Path(__file__).parents[1]
-_ON_A_CLUSTER = ("baselines", "compression")  # in files of their own
+_ON_A_CLUSTER = ("balance", "baselines", "compression", "modes")  # in files of their own
 _SCRIPT = str(_ROOT / "launch/bench.py")
 
 

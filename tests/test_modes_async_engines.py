@@ -184,11 +184,15 @@ def folder(tmp_path_factory):
 
 
 def _at_different_speeds():
-    engine = plain_engine()
+    schedule = {
+        "type": "WarmupDecayLR",
+        "params": {"total_num_steps": 31, "warmup_num_steps": 2, "warmup_max_lr": 0.01},
+    }
+    engine = plain_engine(config={**BASE, "scheduler": schedule})
     slow = dist.get_rank() == 2
     losses = train(engine, 30, pause=0.15 if slow else 0.05)
     mode = engine.data_parallel
-    figures = mode.as_dict()
+    figures = {**mode.as_dict(), "schedule": engine.lr_scheduler.last_batch_iteration + 1}
     mode.flush()
     mode.close()
     return len(losses), figures, weights_of(engine)
@@ -200,6 +204,7 @@ def test_a_slow_replica_does_not_slow_the_others():
     assert min(first, second) > 1.7 * slow > 0, (first, second, slow)
     assert first + second + slow >= 90
     assert all(figures["dropped_steps"] == 0 for _, figures, _ in results)
+    assert all(figures["schedule"] == figures["progress"] >= 30 for _, figures, _ in results)
     assert all(torch.equal(weights, results[0][2]) for *_, weights in results)
 
 

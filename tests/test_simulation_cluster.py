@@ -222,8 +222,8 @@ def test_a_rank_is_stopped_continued_and_killed(machine, stubborn, tmp_path, mon
         def status():
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
-        group = Path(f"/proc/{pid}/cgroup").read_text()
-        assert f"{group_name(cluster.id)}/host1-device0/job1\n" in group
+        group = f"{group_name(cluster.id)}/host1-device0/job1\n"  # it is known before it enters it
+        _until(lambda: group in Path(f"/proc/{pid}/cgroup").read_text())
         first.signal(1, signal.SIGSTOP)
         _until(lambda: status() == "T")
         operate.send(cluster.id, 1, "continue")

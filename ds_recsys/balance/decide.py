@@ -15,6 +15,8 @@ class Rule:
     Attributes:
         gain: least predicted share of the step's time that is saved.
         patience: measurements in a row that must promise it.
+        evidence: what those in a row must promise above `gain` in all, so that a large gain is taken at once and a small one
+            only when it lasts, which noise does not (Page's cumulative sum, Biometrika 41, 1954).
         margin: how often the pause must be won back in the steps that are left.
         cooldown: steps after a move without another; after a move that is taken back twice as many, and so on.
         verify: steps after a move over which the gain must show.
@@ -23,6 +25,7 @@ class Rule:
 
     gain: float = 0.05
     patience: int = 3
+    evidence: float = 0.3
     margin: float = 2.0
     cooldown: int = 20
     verify: int = 5
@@ -51,7 +54,7 @@ class Decider:
 
     def __init__(self, rule: Rule | None = None):
         self.rule = rule or Rule()
-        self._promised = 0  # measurements in a row
+        self._promised, self._evidence = 0, 0.0  # of the measurements in a row
         self._pending: tuple[Decision, tuple[int, ...]] | None = None  # the last move and the bounds before it
         self._after: list[float] = []
         self._quiet_until, self._cooldown = 0, self.rule.cooldown
@@ -83,12 +86,17 @@ class Decider:
             return None
         bounds, rule = tuple(bounds), self.rule
         best, share = best_cut(costs, bounds, micro_batches, rule.gain)
-        self._promised = self._promised + 1 if share >= rule.gain else 0
+        if share < rule.gain:
+            self._promised, self._evidence = 0, 0.0
+            return None
+        self._promised, self._evidence = self._promised + 1, self._evidence + share - rule.gain
+        if self._promised < rule.patience or self._evidence < rule.evidence:
+            return None
         saved = share * step_seconds
-        if self._promised < rule.patience or saved * steps_left <= rule.margin * pause(best):
+        if saved * steps_left <= rule.margin * pause(best):
             return None
         decision = Decision(step, best, step_seconds, saved)
-        self._promised, self._after, self._pending = 0, [], (decision, bounds)
+        self._promised, self._evidence, self._after, self._pending = 0, 0.0, [], (decision, bounds)
         return decision
 
     def verify(self, step: int, step_seconds: float) -> Decision | None:
@@ -106,7 +114,8 @@ class Decider:
 
     def failed(self, step: int) -> None:
         """The move did not take place: not again before the cooldown is over."""
-        self._pending, self._promised, self._quiet_until = None, 0, step + self._cooldown
+        self._pending, self._promised, self._evidence = None, 0, 0.0
+        self._quiet_until = step + self._cooldown
 
 
 def best_cut(

@@ -23,6 +23,7 @@ class GradientBackend(TorchBackend):
         backend = compat.install_backend(cls)
         if not hasattr(backend, "gradient_scopes"):
             backend.gradient_scopes = threading.local()  # a thread that communicates in the background has its own
+            backend.survivors = None  # the group in place of the world, when ranks of it are lost
         return backend
 
     @contextlib.contextmanager
@@ -38,9 +39,15 @@ class GradientBackend(TorchBackend):
         finally:
             self.gradient_scopes.now = before
 
+    def _left_of(self, group):
+        return self.survivors if group in (None, torch.distributed.GroupMember.WORLD) and self.survivors else group
+
+    def barrier(self, group=None, async_op=False, device_ids=None):
+        return super().barrier(self._left_of(group), async_op, device_ids)
+
     def all_reduce(self, tensor, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
         scope = getattr(self.gradient_scopes, "now", None)
         summed = self._reduce_op(op) == torch.distributed.ReduceOp.SUM and tensor.is_floating_point()
         if scope is None or not summed or async_op or group is not scope[0]:
-            return super().all_reduce(tensor, op=op, group=group, async_op=async_op)
+            return super().all_reduce(tensor, op=op, group=self._left_of(group), async_op=async_op)
         return scope[1](tensor)

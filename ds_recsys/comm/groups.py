@@ -28,6 +28,19 @@ def replica_group(data_group: dist.ProcessGroup) -> dist.ProcessGroup:
     return group_of([rank for rank, place in enumerate(everyone) if place == own])
 
 
+def survivors(engine) -> dist.ProcessGroup | None:
+    """The ranks that are left when replicas of an engine in mode "async" are lost; None where all are there."""
+    return getattr(getattr(engine, "data_parallel", None), "world", None)
+
+
+def data_place(engine) -> tuple[int, int]:
+    """(place, number) of this rank's replica among those of a PipelineEngine that are left."""
+    mode = getattr(engine, "data_parallel", None)
+    if mode is not None and mode.world is not None:
+        return mode.members.index(mode.data_rank), len(mode.members)
+    return engine.grid.get_data_parallel_rank(), engine.grid.get_data_parallel_world_size()
+
+
 def place_of(engine, data_group: dist.ProcessGroup) -> dict[str, int]:
     """Where this rank stands: what a file of its own in a checkpoint is good for."""
     return {

@@ -25,6 +25,7 @@ def export(
     item_ids: Sequence[Any],
     titles: Sequence[str | None] | None = None,
     extra_config: dict[str, Any] | None = None,
+    world: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write `pipe` as an HF causal LM folder. Collective: every rank calls it.
 
@@ -38,6 +39,7 @@ def export(
         item_ids: original ids of items 1..I, in order.
         titles: of the same items.
         extra_config: further keys of `config.json`.
+        world: the ranks that are left, where some are lost; rank 0 is among them.
 
     Raises:
         UserError: wrong number of ids or titles, or a shard of another host is not visible here.
@@ -48,7 +50,7 @@ def export(
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
+    dist.barrier(world)
     writer = pipe.mpu().get_data_parallel_rank() == 0 and pipe.builder.tensor.rank == 0
     file = f"model-{pipe.stage_id + 1:05d}-of-{pipe.num_stages:05d}.safetensors"
     mine, error = {}, None
@@ -59,8 +61,8 @@ def export(
         except OSError as exc:
             error = f"stage {pipe.stage_id} could not write {partial / file}: {exc}"
         mine = {name: (file, t.numel() * t.element_size()) for name, t in tensors.items()}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (mine, error))
+    everyone: list[Any] = [None] * dist.get_world_size(world)
+    dist.all_gather_object(everyone, (mine, error), group=world)
     errors = [e for _, e in everyone if e]
     if rank == 0 and not errors:
         try:
@@ -76,7 +78,7 @@ def export(
         except (OSError, UserError) as exc:
             errors = [str(exc)]
     outcome = [errors]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=world)
     if outcome[0]:
         raise UserError(outcome[0][0])
     return out

@@ -32,7 +32,7 @@ def arguments(parser) -> None:
     parser.add_argument("--steps", type=int, default=2, help="of a cut in a round (2)")
     parser.add_argument("--blocks", type=int, default=27, help="decoder blocks of the straggler's model (27)")
     parser.add_argument("--micro_batches", type=int, default=32, help="of its steps in four stages (32)")
-    parser.add_argument("--items", type=int, default=26_000, help="that make the head half of the compute (26,000)")
+    parser.add_argument("--items", type=int, default=16_000, help="that make the head half of the compute (16,000)")
     parser.add_argument("--cuts", type=int, default=6, help="most that are measured to find the best (6)")
     parser.add_argument("--within", type=float, default=0.1, help="of the predicted best, what is measured (0.1)")
     parser.add_argument("--rounds", type=int, default=5, help="of steps with and without the partition (5)")

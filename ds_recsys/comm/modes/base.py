@@ -40,12 +40,14 @@ class Mode:
             `data_rank`, `data_size`: this one's place in it, their number.
         wire_group: the same ranks, for what a background thread sends.
         replica_group: the ranks that hold this replica between them.
+        world: the ranks that are left when a replica is lost and the others go on; None for all.
     """
 
     def __init__(self, engine, options: DataParallel, compression: Compression):
         self.engine, self.options, self.compression = engine, options, compression
         self.parameters = FlatParameters.of(engine.module)
         self.steps, self.apart, self.extra_step = 0, False, False
+        self.world: dist.ProcessGroup | None = None
         self._inside_consensus = 0
         theirs = compat.data_parallel_group(engine)
         self.data_group, self.wire_group = group_like(theirs), group_like(theirs)
