@@ -118,20 +118,20 @@ def _smoothed(rule, speeds_at, steps=500, micro_batches=8):
 
 
 def _jittered(step, generator):
-    """Each device's speed changes by up to a tenth, three times a step."""
-    return [[generator.uniform(0.9, 1.1) for _ in range(4)] for _ in range(3)]
+    """Each device's speed is another one at every step, by up to a fifth."""
+    return [[generator.uniform(0.8, 1.2) for _ in range(4)]]
 
 
 def test_jitter_of_smoothed_times_moves_nothing_where_patience_alone_lets_it():
     """The windows of successive measurements overlap, so that one chance gain promises itself several times in a row."""
-    assert len(_smoothed(Rule(evidence=0.0), _jittered)) > 2
-    assert _smoothed(Rule(), _jittered) == []
+    assert len(_smoothed(Rule(evidence=0.0), _jittered, steps=300)) > 2
+    assert _smoothed(Rule(), _jittered, steps=300) == []
 
 
 def test_a_small_gain_is_taken_when_it_lasts():
-    slower = lambda step, _: [[1, 0.85 if step >= 10 else 1, 1, 1]]  # noqa: E731
+    slower = lambda step, _: [[1, 0.8 if step >= 10 else 1, 1, 1]]  # noqa: E731
     moves = _smoothed(Rule(), slower, steps=100)
-    assert len(moves) == 1 and 13 < moves[0][0] < 40
+    assert len(moves) == 1 and 16 < moves[0][0] < 40
 
 
 def test_a_gain_that_the_steps_left_do_not_win_back_is_not_taken():

@@ -216,6 +216,7 @@ def _stopped(folder):
     rank = dist.get_rank()
     train(engine, 5, pause=0.02)
     mode.meet(mode.progress(0))
+    dist.barrier()  # all have left the meeting
     steps = mode.steps
     if rank == 2:
         os.kill(os.getpid(), signal.SIGSTOP)

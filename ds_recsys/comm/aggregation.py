@@ -10,7 +10,7 @@ from ds_recsys.comm.payload import Codec, all_finite
 from ds_recsys.comm.schedule import Slot, in_turn
 from ds_recsys.comm.transport import Transport
 
-CHUNK_BYTES = 1024 * 1024
+CHUNK_BYTES = 512 * 1024
 DEPTH = 2
 PLANS_KEPT = 64
 
