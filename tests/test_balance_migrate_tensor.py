@@ -1,6 +1,7 @@
 """A recommender whose layers are split over tensor ranks: moved between stages it is, bit for bit, the one that never was.
 
-DS_RECSYS_FULL_GRID=1 runs every mode on every grid, 50 steps in place of 20. Pipe 4 x data 2 x tensor 2 would be 16 ranks, and is left out.
+DS_RECSYS_FULL_GRID=1 runs every mode on every grid, 50 steps in place of 20. Pipe 4 x data 2 x tensor 2 would be 16 ranks,
+and is left out.
 """
 
 import pytest
