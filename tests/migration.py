@@ -299,15 +299,21 @@ def start(setup: Setup):
     return engine, data
 
 
+def whole_grid() -> bool:
+    """Whether all modes are run on all grids, over 50 steps; without it one each, over 20."""
+    return os.environ.get("DS_RECSYS_FULL_GRID") == "1"
+
+
 def chosen(every: list[Setup], by_default: str) -> list[Setup]:
     """The setups that a test goes through: those with the mode `by_default`, or all with DS_RECSYS_FULL_GRID=1."""
-    if os.environ.get("DS_RECSYS_FULL_GRID") == "1":
+    if whole_grid():
         return every
     return [setup for setup in every if setup.mode == by_default][:1]
 
 
 def moves_of(setup: Setup) -> dict[int, list[int]]:
-    return (RECOMMENDER_MOVES if setup.model == "recommender" else MOVES)[setup.grid.pipe]
+    moves = (RECOMMENDER_MOVES if setup.model == "recommender" else MOVES)[setup.grid.pipe]
+    return moves if whole_grid() else {step * 2 // 5: bounds for step, bounds in moves.items()}
 
 
 def run(setup: Setup, steps: int, moves: dict, **options) -> tuple[list[float], dict]:
@@ -319,12 +325,12 @@ def run(setup: Setup, steps: int, moves: dict, **options) -> tuple[list[float], 
     return losses, found
 
 
-def check_exact(setups: list[Setup], steps=50, moves=None, **options) -> list[list[float]]:
+def check_exact(setups: list[Setup], steps=None, moves=None, **options) -> list[list[float]]:
     """Train each setup twice on this rank, with and without migrations; everything must be the same bits in the end.
 
     The last of the moves leads back to the first bounds.
     """
-    runs = []
+    runs, steps = [], steps or (50 if whole_grid() else 20)
     for setup in setups:
         losses, stayed = run(setup, steps, {})
         again, moved = run(setup, steps, moves or moves_of(setup), **options)

@@ -41,7 +41,7 @@ class Rounded(Compressor):
             torch.sub(x, error, out=error)
         return bool(x.isfinite().all())
 
-    def decode(self, payload, out, *, add=False, seed=0):
+    def decode(self, payload, out, *, add=False, last=False, seed=0):
         blocks = -(-out.numel() // self.block)
         codes = torch.zeros(blocks * self.block)
         codes[: out.numel()] = payload[4 * blocks :].view(torch.int8)

@@ -41,8 +41,10 @@ def test_c_and_torch_give_the_same_bits(method):
                 finite, payload, error = encode(method, gradient, residual, multiplier, seed)
                 added = gradient * 0.3
                 sent = method.decompress(payload, len(gradient), seed)
+                sent_last = torch.full_like(gradient, 7.0)
+                method.decode(payload, sent_last, last=True, seed=seed)
                 method.decode(payload, added, add=True, seed=seed)
-                outcomes.append((finite, payload, error, sent, added))
+                outcomes.append((finite, payload, error, sent, added, sent_last))
         (c, *of_c), (torch_, *of_torch) = outcomes
         assert c == torch_ and torch.equal(of_c[0], of_torch[0])
         if c:

@@ -144,7 +144,7 @@ def two_phase(index: int, chunk: Chunk, slot: Slot, codec: Codec, transport: Tra
     back.wait()
     for owner, (parts, message) in enumerate(zip(chunk.parts, answers, strict=True)):
         codec.check(message, owner, index)
-        codec.decode(parts, message, add=False)
+        codec.decode(parts, message, add=False, last=True)
 
 
 def one_phase(index: int, chunk: Chunk, slot: Slot, codec: Codec, transport: Transport, shared: dict[Part, Tensor]):

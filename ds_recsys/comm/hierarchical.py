@@ -143,7 +143,7 @@ class HierarchicalAggregator:
             return
         for owner, (parts, message) in enumerate(zip(piece, messages, strict=True)):
             codec.check(message, owner, index)
-            codec.decode(parts, message, add=False)
+            codec.decode(parts, message, add=False, last=True)
 
 
 def _spans(piece: tuple[tuple[Part, ...], ...]) -> list[tuple[int, int]]:

@@ -64,14 +64,20 @@ class Codec:
         if part.shared:
             self._shared[part.name, part.start] = payload.clone()
 
-    def decode(self, parts: tuple[Part, ...], message: Tensor, add: bool, elsewhere: dict | None = None) -> None:
-        """`flat` <- the values in `message`, or `flat` + them. Shared parts go to `elsewhere[part]` instead."""
+    def decode(
+        self, parts: tuple[Part, ...], message: Tensor, add: bool, elsewhere: dict | None = None, last: bool = False
+    ) -> None:
+        """`flat` <- the values in `message`, or `flat` + them. Shared parts go to `elsewhere[part]` instead.
+
+        `last`: they are not read again here.
+        """
         place = 0
         for part in parts:
             part.compressor.decode(
                 message[place : place + part.wire_bytes],
                 elsewhere[part] if part.shared else self._values(part),
                 add=add,
+                last=last,
                 seed=self._seed(part),
             )
             place += part.padded_bytes

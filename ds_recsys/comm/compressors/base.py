@@ -49,8 +49,11 @@ class Compressor:
         """
         raise NotImplementedError
 
-    def decode(self, payload: Tensor, out: Tensor, *, add: bool = False, seed: int = 0) -> None:
-        """out <- C(x), or out <- out + C(x) with `add`; payload uint8 [wire_bytes(n)], out fp32 [n]."""
+    def decode(self, payload: Tensor, out: Tensor, *, add: bool = False, last: bool = False, seed: int = 0) -> None:
+        """out <- C(x), or out <- out + C(x) with `add`; payload uint8 [wire_bytes(n)], out fp32 [n].
+
+        `last`: nothing reads `out` soon, so that it need not pass through the caches.
+        """
         raise NotImplementedError
 
     def compress(self, tensor: Tensor, seed: int = 0) -> Tensor:

@@ -56,12 +56,12 @@ class BlockCompressor(Compressor):
             return kernels.encode(self.kernel, options, gradient, payload, residual, multiplier, error, seed)
         return self._encode_in_torch(gradient, payload, residual, multiplier, error, seed)
 
-    def decode(self, payload, out, *, add=False, seed=0):
+    def decode(self, payload, out, *, add=False, last=False, seed=0):
         self._check(out, payload)
         if out.numel() == 0:
             return
         if out.device.type == "cpu" and (kernels := native.library()):
-            kernels.decode(self.kernel, self.kernel_options(out.numel()), payload, out, add, seed)
+            kernels.decode(self.kernel, self.kernel_options(out.numel()), payload, out, add, last, seed)
             return
         for start, stop, rows in self._chunks(payload, out):
             self._decode_chunk(rows, out[start:stop].view(len(rows), -1), add, seed + start // self.block)

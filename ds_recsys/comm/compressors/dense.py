@@ -30,7 +30,7 @@ class Float32(Compressor):
             error.zero_()
         return bool(torch.isfinite(values).all())
 
-    def decode(self, payload, out, *, add=False, seed=0):
+    def decode(self, payload, out, *, add=False, last=False, seed=0):
         values = payload.view(torch.float32)
         out.add_(values) if add else out.copy_(values)
 

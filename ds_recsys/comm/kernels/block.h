@@ -45,7 +45,7 @@ INLINE uint32_t read_block(float *x, const float *gradient, const float *residua
 }
 
 /* error <- x - decoded, past the caches where the CPU can: the next step reads it. Half as fast again where memory is what
- * limits; `errors_written` must come before another thread reads it. */
+ * limits; `all_written` must come before another thread reads it. */
 INLINE void write_error(float *error, const float *x, const float *decoded, int n) {
     int i = 0;
 #if defined(__AVX512F__)
@@ -60,7 +60,20 @@ INLINE void write_error(float *error, const float *x, const float *decoded, int 
     for (; i < n; i++) error[i] = x[i] - decoded[i];
 }
 
-INLINE void errors_written(void) {
+/* out <- values, past the caches as above. */
+INLINE void write_last(float *out, const float *values, int n) {
+    int i = 0;
+#if defined(__AVX512F__)
+    if (((uintptr_t)out & 63) == 0)
+        for (; i + 16 <= n; i += 16) _mm512_stream_ps(out + i, _mm512_loadu_ps(values + i));
+#elif defined(__AVX__)
+    if (((uintptr_t)out & 31) == 0)
+        for (; i + 8 <= n; i += 8) _mm256_stream_ps(out + i, _mm256_loadu_ps(values + i));
+#endif
+    memcpy(out + i, values + i, 4 * (n - i));
+}
+
+INLINE void all_written(void) {
 #if defined(__AVX__)
     _mm_sfence();
 #endif
@@ -79,10 +92,12 @@ INLINE uint16_t bf16_of(float value) { /* of a finite one; what would round to i
     return (uint16_t)((rounded > 0x7f7f ? 0x7f7f : rounded) | (bits >> 16 & 0x8000));
 }
 
-/* The arguments are the same for all methods: `first` and `second` are its options, see each method's `kernel_options`. */
+/* The arguments are the same for all methods: `first` and `second` are its options, see each method's `kernel_options`.
+ * `how`: ADD to what is in `out`; LAST: nobody reads `out` soon, so that it need not pass through the caches. */
+enum { ADD = 1, LAST = 2 };
 #define ENCODER(NAME)                                                                                                  \
     EXPORT int NAME##_encode(const float *gradient, const float *residual, float multiplier, float *error,             \
                              uint8_t *payload, int64_t n, int64_t first, int64_t second, uint64_t seed)
 #define DECODER(NAME)                                                                                                  \
-    EXPORT void NAME##_decode(const uint8_t *payload, float *out, int64_t n, int add, int64_t first, int64_t second,   \
+    EXPORT void NAME##_decode(const uint8_t *payload, float *out, int64_t n, int how, int64_t first, int64_t second,   \
                               uint64_t seed)

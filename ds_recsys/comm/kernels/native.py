@@ -20,6 +20,7 @@ _DECODE = (
     *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int),
     *(ctypes.c_int64, ctypes.c_int64, ctypes.c_uint64),
 )
+_ADD, _LAST = 1, 2
 METHODS = ("bf16", "int8", "int4", "sign", "topk_fp32", "topk_bf16", "topk_int8", "randomk")
 
 
@@ -63,8 +64,11 @@ class Kernels:
             )
         )
 
-    def decode(self, method: str, options: tuple[int, int], payload: Tensor, out: Tensor, add: bool, seed: int) -> None:
-        self._decode[method](payload.data_ptr(), out.data_ptr(), out.numel(), add, *options, seed)
+    def decode(
+        self, method: str, options: tuple[int, int], payload: Tensor, out: Tensor, add: bool, last: bool, seed: int
+    ) -> None:
+        how = _ADD * add | _LAST * last
+        self._decode[method](payload.data_ptr(), out.data_ptr(), out.numel(), how, *options, seed)
 
 
 @cache

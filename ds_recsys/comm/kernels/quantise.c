@@ -123,11 +123,11 @@ INLINE int encode_quantised(const float *gradient, const float *residual, float 
     if (at < n)
         finite &= encode_block(gradient + at, after(residual, at), multiplier, (float *)after(error, at), payload,
                                (int)(n - at), bits, 0, 0);
-    errors_written();
+    all_written();
     return finite;
 }
 
-INLINE void decode_block(const uint8_t *payload, float *restrict out, int n, int bits, int add, const float *signs) {
+INLINE void decode_block(const uint8_t *payload, float *restrict out, int n, int bits, int how, const float *signs) {
     int8_t codes[QUANTISER_BLOCK] ALIGNED;
     float decoded[QUANTISER_BLOCK] ALIGNED, scale;
     memcpy(&scale, payload, 4);
@@ -136,27 +136,30 @@ INLINE void decode_block(const uint8_t *payload, float *restrict out, int n, int
         rotate_back(codes, scale, signs, decoded);
     else
         for (int i = 0; i < n; i++) decoded[i] = (float)codes[i] * scale;
-    if (add)
+    if (how & ADD)
         for (int i = 0; i < n; i++) out[i] = out[i] + decoded[i];
+    else if (how & LAST)
+        write_last(out, decoded, n);
     else
         memcpy(out, decoded, 4 * n);
 }
 
-INLINE void decode_quantised(const uint8_t *payload, float *out, int64_t n, int add, int bits, int64_t rotate) {
+INLINE void decode_quantised(const uint8_t *payload, float *out, int64_t n, int how, int bits, int64_t rotate) {
     float signs[256] ALIGNED;
     const int64_t row = 4 + QUANTISER_BLOCK * bits / 8, whole = n / QUANTISER_BLOCK * QUANTISER_BLOCK;
     int64_t at = 0;
     if (rotate) {
         fill_signs(signs, 1.0f);
         for (; at < whole; at += QUANTISER_BLOCK, payload += row)
-            decode_block(payload, out + at, QUANTISER_BLOCK, bits, add, signs);
+            decode_block(payload, out + at, QUANTISER_BLOCK, bits, how, signs);
     } else
         for (; at < whole; at += QUANTISER_BLOCK, payload += row)
-            decode_block(payload, out + at, QUANTISER_BLOCK, bits, add, 0);
-    if (at < n) decode_block(payload, out + at, (int)(n - at), bits, add, 0);
+            decode_block(payload, out + at, QUANTISER_BLOCK, bits, how, 0);
+    if (at < n) decode_block(payload, out + at, (int)(n - at), bits, how, 0);
+    if (how & LAST) all_written();
 }
 
 ENCODER(int8) { return encode_quantised(gradient, residual, multiplier, error, payload, n, 8, first); }
-DECODER(int8) { decode_quantised(payload, out, n, add, 8, first); }
+DECODER(int8) { decode_quantised(payload, out, n, how, 8, first); }
 ENCODER(int4) { return encode_quantised(gradient, residual, multiplier, error, payload, n, 4, first); }
-DECODER(int4) { decode_quantised(payload, out, n, add, 4, first); }
+DECODER(int4) { decode_quantised(payload, out, n, how, 4, first); }

@@ -32,7 +32,7 @@ DECODER(bf16) {
     const uint16_t *codes = (const uint16_t *)payload;
     for (int64_t i = 0; i < n; i++) {
         float value = float_of((uint32_t)codes[i] << 16);
-        out[i] = add ? out[i] + value : value;
+        out[i] = how & ADD ? out[i] + value : value;
     }
 }
 
@@ -91,7 +91,7 @@ ENCODER(sign) {
 DECODER(sign) {
     for (int64_t at = 0; at < n; at += SIGN_BLOCK, payload += 4 + SIGN_BLOCK / 8)
         if (n - at >= SIGN_BLOCK)
-            decode_sign_block(payload, out + at, SIGN_BLOCK, add);
+            decode_sign_block(payload, out + at, SIGN_BLOCK, how & ADD);
         else
-            decode_sign_block(payload, out + at, (int)(n - at), add);
+            decode_sign_block(payload, out + at, (int)(n - at), how & ADD);
 }

@@ -140,7 +140,7 @@ INLINE void decode_largest(const uint8_t *payload, float *out, int64_t n, int ad
     ENCODER(NAME) {                                                                                          \
         return encode_largest(gradient, residual, multiplier, error, payload, n, first, second, KIND);       \
     }                                                                                                        \
-    DECODER(NAME) { decode_largest(payload, out, n, add, first, second, KIND); }
+    DECODER(NAME) { decode_largest(payload, out, n, how & ADD, first, second, KIND); }
 TOP_K(topk_fp32, FP32)
 TOP_K(topk_bf16, BF16)
 TOP_K(topk_int8, INT8)
@@ -195,7 +195,7 @@ ENCODER(randomk) {
 }
 
 DECODER(randomk) {
-    if (!add) memset(out, 0, 4 * n);
+    if (!(how & ADD)) memset(out, 0, 4 * n);
     for (int64_t at = 0; at < n; at += SPARSE_BLOCK, seed++) {
         const int length = (int)least(SPARSE_BLOCK, n - at), k = (int)(length == SPARSE_BLOCK ? first : second);
         int position, stride;
@@ -203,7 +203,7 @@ DECODER(randomk) {
         for (int j = 0; j < k; j++) {
             float value;
             memcpy(&value, payload + 4 * j, 4);
-            out[at + position] = add ? out[at + position] + value : value;
+            out[at + position] = how & ADD ? out[at + position] + value : value;
             position += stride;
             position -= position >= length ? length : 0;
         }
