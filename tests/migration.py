@@ -299,21 +299,15 @@ def start(setup: Setup):
     return engine, data
 
 
-def whole_grid() -> bool:
-    """Whether all modes are run on all grids, over 50 steps; without it one each, over 20."""
-    return os.environ.get("DS_RECSYS_FULL_GRID") == "1"
-
-
 def chosen(every: list[Setup], by_default: str) -> list[Setup]:
     """The setups that a test goes through: those with the mode `by_default`, or all with DS_RECSYS_FULL_GRID=1."""
-    if whole_grid():
+    if os.environ.get("DS_RECSYS_FULL_GRID") == "1":
         return every
     return [setup for setup in every if setup.mode == by_default][:1]
 
 
 def moves_of(setup: Setup) -> dict[int, list[int]]:
-    moves = (RECOMMENDER_MOVES if setup.model == "recommender" else MOVES)[setup.grid.pipe]
-    return moves if whole_grid() else {step * 2 // 5: bounds for step, bounds in moves.items()}
+    return (RECOMMENDER_MOVES if setup.model == "recommender" else MOVES)[setup.grid.pipe]
 
 
 def run(setup: Setup, steps: int, moves: dict, **options) -> tuple[list[float], dict]:
@@ -325,12 +319,12 @@ def run(setup: Setup, steps: int, moves: dict, **options) -> tuple[list[float], 
     return losses, found
 
 
-def check_exact(setups: list[Setup], steps=None, moves=None, **options) -> list[list[float]]:
+def check_exact(setups: list[Setup], steps=50, moves=None, **options) -> list[list[float]]:
     """Train each setup twice on this rank, with and without migrations; everything must be the same bits in the end.
 
     The last of the moves leads back to the first bounds.
     """
-    runs, steps = [], steps or (50 if whole_grid() else 20)
+    runs = []
     for setup in setups:
         losses, stayed = run(setup, steps, {})
         again, moved = run(setup, steps, moves or moves_of(setup), **options)

@@ -1,7 +1,7 @@
 """A run whose layers move between stages is, bit for bit, the run in which they never did.
 
 DS_RECSYS_FULL_GRID=1 runs 50 steps in every mode on every grid, with and without recomputation; without it each grid has
-one mode and 20 steps, and each mode two grids or more (with those of test_balance_migrate_tensor.py).
+one mode, and each mode two grids or more (with those of test_balance_migrate_tensor.py).
 """
 
 import random

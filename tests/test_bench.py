@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import benchmarks
 import pytest
+from bench_runs import bench, quick_run
 from benchmarks import harness, plots
 
 from ds_recsys.errors import UserError
@@ -209,34 +210,21 @@ def test_the_readme_is_what_its_results_give():
         assert shown in readme, again
 
 
-def _bench(*arguments, timeout=240, **keywords):
-    command = [sys.executable, _SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, timeout=timeout, capture_output=True, text=True, **keywords)
-
-
 @pytest.mark.parametrize("name", [name for name in benchmarks.NAMES if name not in _ON_A_CLUSTER])
 def test_quick_run(name, tmp_path):
-    file = tmp_path / f"{name}.json"
-    done = _bench(name, "--quick", "--json", file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(file.read_text())
-    assert result["quick"] and result["complete"] and result["rows"] and result["figures"]
-    assert not [row for row in result["rows"] if "error" in row], result["rows"]
-    assert file.with_suffix(".png").exists() and re.search(r"^\| --- \|", done.stdout, flags=re.MULTILINE)
-    again = _bench(name, "--from", file)
-    assert again.returncode == 0 and again.stdout.strip() in done.stdout
+    quick_run(name, tmp_path / f"{name}.json")
 
 
 @pytest.mark.parametrize("name", benchmarks.NAMES)
 def test_help_needs_no_heavy_import(name):
-    done = _bench(name, "--help", timeout=30, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    done = bench(name, "--help", timeout=30, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0 and "--quick" in done.stdout
     assert not re.search(r"\| +(torch|deepspeed|transformers|matplotlib)$", done.stderr, flags=re.MULTILINE)
 
 
 def test_a_users_mistake_is_one_line():
     for arguments, message in ((["quality"], "needs a config"), (["quality", "--quick", "a.json"], "leave out CONFIG")):
-        done = _bench(*arguments, timeout=30)
+        done = bench(*arguments, timeout=30)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 

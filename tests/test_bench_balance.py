@@ -1,15 +1,12 @@
 """launch/bench.py balance: the report as a function of the rows, the trial's bookkeeping, and a smoke run on a cluster."""
 
-import json
-import os
-import subprocess
-import sys
 import time
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from bench_runs import quick_run
 from benchmarks import balance, balance_costs, balance_straggler
 from benchmarks.balance_cuts import near_best
 from benchmarks.balance_job import best_of, idle_share
@@ -253,12 +250,7 @@ def test_jitter_changes_all_speeds_a_little_and_puts_them_back(monkeypatch):
 
 @pytest.mark.skipif(obstacle is not None, reason=f"a simulated cluster needs {obstacle}")
 def test_a_smoke_run_under_the_real_launcher(tmp_path):
-    file, env = tmp_path / "balance.json", {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "launch/bench.py"), "balance", "--quick", "--json", str(file)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    rows = json.loads(file.read_text())["rows"]
-    assert not [row for row in rows if "error" in row]
+    rows = quick_run("balance", tmp_path / "balance.json")["rows"]
     kinds = {(row["part"], row["kind"]) for row in rows}
     assert {("straggler", "trial"), ("hardware", "cut"), ("split head", "share"), ("nothing", "jitter")} <= kinds
     slowed = next(row for row in rows if row["kind"] == "cut" and row.get("when") == "after")

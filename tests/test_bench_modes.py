@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from bench_runs import quick_run
 from benchmarks import modes, modes_plot, modes_quality, modes_speed, quality
 from benchmarks.modes_arms import ALONE, METHODS, MODES, arm, groups, margin, settings, title
 from benchmarks.modes_job import Replicas, summarise
@@ -275,13 +273,8 @@ def test_resuming_takes_over_trainings_and_whole_groups_that_fit(tmp_path, monke
 
 @pytest.mark.skipif(obstacle is not None, reason=f"a simulated cluster needs {obstacle}")
 def test_a_smoke_run_under_the_real_launcher(tmp_path):
-    file, env = tmp_path / "modes.json", {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "launch/bench.py"), "modes", "--quick", "--json", str(file)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    result = json.loads(file.read_text())
+    result = quick_run("modes", tmp_path / "modes.json")
     rows = result["rows"]
-    assert not [row for row in rows if "error" in row]
     found = [row for row in rows if row["kind"] == "window"]
     assert len(found) == 1 + 3 * 4 and all(row["samples_per_s"] > 0 for row in found)
     assert all(row["stopped_seconds"] >= 1 for row in found if row["situation"] == "stop")
