@@ -116,6 +116,16 @@ def clipping_group():
     return groups._get_data_parallel_group()
 
 
+def step_loss(engine) -> torch.Tensor | None:
+    """Of a PipelineEngine inside a step, the mean loss of this replica's micro-batches so far, as a copy.
+
+    None on other stages than the last, and where the model reports more losses than one.
+    """
+    if not engine.is_last_stage() or engine.total_loss is None or engine.total_additional_losses is not None:
+        return None
+    return engine.total_loss.detach().clone() / engine.gradient_accumulation_steps()
+
+
 def casts_gradients(engine) -> bool:
     """Whether the config's `communication_data_type` says what gradients are sent as."""
     return engine._config.communication_data_type is not None

@@ -6,6 +6,7 @@ import logging
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 
 from ds_recsys import compat
@@ -44,6 +45,11 @@ def initialize(*args, **kwargs):
         call["args"] = namespace = copy.copy(namespace)
         namespace.deepspeed_config = None
     config = given[0] if isinstance(given[0], Config) else load_config(given[0])
+    if config.recsys.parallel is not None:
+        raise UserError(
+            f'{config.source}: "recsys.parallel" "auto" is for ds_recsys.Trainer and launch/train.py, which build the model '
+            "for the grid: leave it out here, and choose the grid by your module"
+        )
     init_distributed()
     if isinstance(config.recsys.threads_per_rank, int):
         torch.set_num_threads(config.recsys.threads_per_rank)
@@ -79,6 +85,7 @@ def pipeline_engine(
     pipe with a `sparse_table` gets an Adam that updates the rows of the table that the gradient names.
     """
     compat.silence_deepspeed()
+    _check_precision(config)
     config = _accumulate_at_once(config)
     trainable = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
     params = config["optimizer"]["params"]
@@ -96,6 +103,15 @@ def pipeline_engine(
         compat.reduce_tied_gradients_by(engine, all_reduce_rows)  # DeepSpeed's own is gloo's; NCCL has no sparse sum
     _set_mode(engine, data_parallel, compression)
     return engine
+
+
+def _check_precision(config: dict) -> None:
+    device = get_accelerator()
+    for name, supported in (("fp16", device.is_fp16_supported), ("bf16", device.is_bf16_supported)):
+        if (config.get(name) or {}).get("enabled") and not supported():
+            raise UserError(
+                f'"{name}.enabled" is true, and this device ({device.device_name()}) does not compute in {name}'
+            )
 
 
 def _give_targets(engine) -> None:

@@ -74,12 +74,20 @@ class Trainer:
         state = checkpoint.read_state(found) if found else None
         config = config if isinstance(config, Config) else load_config(config)
         given = isinstance(data, Interactions)
-        config = with_sources(config, data=None if given else data, model=model).resolve()
+        unresolved = with_sources(config, data=None if given else data, model=model)
+        config = self._resolved(unresolved)
         recsys, cache = config.recsys, config.recsys.dataset.cache_dir
         self.interactions = data if given else load_interactions(recsys.dataset, cache)
         self.split = split_interactions(self.interactions, recsys.dataset)
         windows = training_windows(self.interactions, self.split, recsys.dataset, cache)
         model_config, weights = model_parts(recsys.model, self.interactions, cache)
+        counts = torch.from_numpy(train_counts(self.interactions, self.split))
+        self.plan = None
+        if recsys.parallel == "auto" and run_dir is not None:
+            init_distributed()
+            torch.set_num_threads(recsys.threads_per_rank)
+            self.plan = self._choose_plan(unresolved, state, model_config, windows, counts)
+            config = self.plan.apply(unresolved)
         self.config = config = config.resolve(windows=len(windows), model_config=model_config)
         recsys, values = config.recsys, config.deepspeed
         self.grid = Grid(recsys.pipe, recsys.data, recsys.tensor)
@@ -98,7 +106,6 @@ class Trainer:
         torch.set_num_threads(recsys.threads_per_rank)
         bounds = state["bounds"] if state and same_cut else recsys.partition.bounds
         self.pipe = build_pipe(recsys, model_config, weights, self.grid, bounds)
-        counts = torch.from_numpy(train_counts(self.interactions, self.split))
         self.pipe.loss_fn = next_item_loss(self.pipe, recsys.head, recsys.training.label_smoothing, counts)
         self.engine = pipeline_engine(self.pipe, values, recsys.compression, recsys.data_parallel)
         self.mode = getattr(self.engine, "data_parallel", None)
@@ -135,6 +142,22 @@ class Trainer:
         self._log = RunLog(self.run_dir / "log.jsonl", self.state["step"]) if self.is_main and self.run_dir else None
         self._length = None  # of the micro-batches that the engine's buffers fit
 
+    @staticmethod
+    def _resolved(config: Config) -> Config:
+        """Its data and model count at first; the grid may still be open."""
+        if config.recsys.parallel is None:
+            return config.resolve()
+        from ds_recsys.planner.choose import on_some_grid
+
+        return on_some_grid(config)
+
+    @staticmethod
+    def _choose_plan(config: Config, state: dict | None, *measured_on):
+        """What `"parallel": "auto"` comes to; a resumed run keeps what it had."""
+        from ds_recsys.planner.choose import choose, known
+
+        return (state and known(state.get("plan"))) or choose(config, *measured_on)
+
     def _find_checkpoint(self, resume: bool | str, overwrite: bool) -> Path | None:
         folder = self.run_dir and self.run_dir / "checkpoints"
         if resume:
@@ -151,6 +174,7 @@ class Trainer:
             self.split.describe(),
             f"{self.pipe.config.model_type}, {self.pipe.config.num_hidden_layers} decoder layers; {self.grid}; {stages}",
             f"{self.total_steps} steps of {self.batches.global_batch} windows, {self.batches.padding_fraction:.0%} padding",
+            *([self.plan.reason] if self.plan else []),
             *self.config.describe(),
             *(f"warning: {line}" for line in self.config.warnings),
         ]
@@ -251,6 +275,7 @@ class Trainer:
                 "identity": self._identity,
                 **self._cut,
                 "bounds": list(self.pipe.parts),
+                "plan": self.plan and self.plan.as_dict(),
                 "training": self.state,
             },
             client_state=reshard.parameter_names(self.engine),

@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+whole_grid = pytest.mark.skipif(
+    os.environ.get("DS_RECSYS_FULL_GRID") != "1",
+    reason="takes minutes, and its parts are tested by others: DS_RECSYS_FULL_GRID=1 runs it",
+)
 _SCRIPT = str(Path(__file__).parents[1] / "launch/bench.py")
 
 

@@ -23,7 +23,7 @@ def plain_engine(method="none", config=None, **options):
     model = Layers()
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config or BASE)[0]
     compression = {"method": method, **({"min_elements": 1} if method != "none" else {})}
-    ds_recsys.data_parallel(engine, "async", compression, **options)
+    ds_recsys.data_parallel(engine, "async", compression, **{"send_every": 1, **options})
     return engine
 
 
@@ -60,7 +60,8 @@ def in_lockstep(mode):
         if not inside:  # a meeting, which waits by itself
             return method(*answer)
         ledger, lines = mode.ledger, mode.wire.lines
-        mine = {r: (peer.sent, peer.applied, ledger.steps) for r, peer in ledger.peers.items()}
+        told = {replica: line.told for replica, line in lines.items()}
+        mine = {r: (peer.sent, told[r]["consumed"], told[r]["steps"]) for r, peer in ledger.peers.items()}
         everyone = [None] * mode.data_size
         dist.all_gather_object(everyone, mine, group=mode.data_group)
         for replica, line in lines.items():

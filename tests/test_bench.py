@@ -14,13 +14,14 @@ from types import SimpleNamespace
 
 import benchmarks
 import pytest
-from bench_runs import bench, quick_run
+from bench_runs import bench, quick_run, whole_grid
 from benchmarks import harness, plots
 
 from ds_recsys.errors import UserError
 
 _ROOT = Path(__file__).parents[1]
-_ON_A_CLUSTER = ("balance", "baselines", "compression", "modes")  # in files of their own
+_ON_A_CLUSTER = ("balance", "baselines", "compression", "hybrid", "modes")  # in files of their own
+_LONG = ("timeline",)
 _SCRIPT = str(_ROOT / "launch/bench.py")
 
 
@@ -210,7 +211,14 @@ def test_the_readme_is_what_its_results_give():
         assert shown in readme, again
 
 
-@pytest.mark.parametrize("name", [name for name in benchmarks.NAMES if name not in _ON_A_CLUSTER])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=whole_grid if name in _LONG else ())
+        for name in benchmarks.NAMES
+        if name not in _ON_A_CLUSTER
+    ],
+)
 def test_quick_run(name, tmp_path):
     quick_run(name, tmp_path / f"{name}.json")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bench_runs import quick_run
+from bench_runs import quick_run, whole_grid
 from benchmarks import balance, balance_costs, balance_straggler
 from benchmarks.balance_cuts import near_best
 from benchmarks.balance_job import best_of, idle_share
@@ -248,6 +248,7 @@ def test_jitter_changes_all_speeds_a_little_and_puts_them_back(monkeypatch):
     assert all(0.36 <= speed <= 0.44 for speed in drawn) and len(set(drawn)) > 8
 
 
+@whole_grid
 @pytest.mark.skipif(obstacle is not None, reason=f"a simulated cluster needs {obstacle}")
 def test_a_smoke_run_under_the_real_launcher(tmp_path):
     rows = quick_run("balance", tmp_path / "balance.json")["rows"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_runs import whole_grid
 from benchmarks import (
     compression,
     compression_links,
@@ -283,6 +284,7 @@ def _quick(tmp_path, *arguments):
     return json.loads(file.read_text())
 
 
+@whole_grid
 @pytest.mark.skipif(obstacle is not None, reason=f"a simulated cluster needs {obstacle}")
 def test_a_smoke_run_of_the_communication_under_the_real_launcher(tmp_path):
     result = _quick(tmp_path)
@@ -297,6 +299,7 @@ def test_a_smoke_run_of_the_communication_under_the_real_launcher(tmp_path):
     assert result["figures"]["int8_vs_dense_1gbit"] > 0
 
 
+@whole_grid
 @pytest.mark.skipif(obstacle is not None, reason=f"a simulated cluster needs {obstacle}")
 def test_a_smoke_run_of_the_training_under_the_real_launcher(tmp_path):
     rows = _quick(tmp_path, "--part", "training")["rows"]

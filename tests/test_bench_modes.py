@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from bench_runs import quick_run
+from bench_runs import quick_run, whole_grid
 from benchmarks import modes, modes_plot, modes_quality, modes_speed, quality
-from benchmarks.modes_arms import ALONE, METHODS, MODES, arm, groups, margin, settings, title
+from benchmarks.modes_arms import ALONE, BATCH, METHODS, MODES, arm, groups, margin, settings, title
 from benchmarks.modes_job import Replicas, summarise
 from distributed import distributed
 
@@ -31,12 +31,13 @@ def window(mode, speed, link=1, situation="even", method="none", group=0, repeat
 
 def training(mode, seed, loss, ndcg=0.1, method="none", **more):
     row = {"kind": "quality", "mode": mode, "method": method, "seed": seed, "ranks": 4, "epochs": 10, "every": 20}
+    row["batch"] = BATCH
     row |= {"steps": 60, "valid": [8.0, 7.0, loss], "ndcg": ndcg, "hit_rate": 0.2, "train_seconds": 9.0}
     return {**row, "staleness": 2.0, **more}
 
 
 WORKLOAD = {
-    **{"kind": "workload", "hosts": 4, "speed": 0.5, "every": 20, "window": 15.0, "stop": 5.0},
+    **{"kind": "workload", "hosts": 4, "speed": 0.5, "every": 20, "window": 15.0, "stop": 5.0, "batch": BATCH},
     **{"parameters": 250_000, "compute_seconds": 0.05, "rate": 2.4e8},
 }
 ROWS = [
@@ -121,7 +122,8 @@ def test_steps_count_by_the_share_of_them_that_lies_in_the_window():
 
 def test_arms_and_their_jobs():
     known = groups(list(MODES), list(METHODS))
-    assert [len(group) for group in known] == [6, 7]
+    assert [len(group) for group in known] == [4, 4, 5, 4]
+    assert {("sync", "int8"), ("delayed", "int8")} < set(known[2])  # they are compared
     assert all(group[:2] == [(ALONE, "none"), ("sync", "none")] for group in known)
     assert len({arm(*one) for group in known for one in group}) == len(
         {title(*one) for group in known for one in group}
@@ -140,7 +142,8 @@ def test_settings_are_those_of_the_mode_and_the_compressor():
     ]
     assert settings(config, ALONE, "none", 4, 20)["recsys.data_parallel.every"] > 100_000
     for mode in (ALONE, *MODES):
-        load_config(config, overrides=settings(config, mode, "int8", 4, 20))
+        found = load_config(config, overrides=settings(config, mode, "int8", 4, 20, batch=BATCH))
+        assert found.train_batch_size == BATCH
 
 
 class _Clock:
@@ -271,6 +274,7 @@ def test_resuming_takes_over_trainings_and_whole_groups_that_fit(tmp_path, monke
     assert found[:2] == kept[:2] and trained == [("async", 0), ("sync", 1), ("async", 1)]
 
 
+@whole_grid
 @pytest.mark.skipif(obstacle is not None, reason=f"a simulated cluster needs {obstacle}")
 def test_a_smoke_run_under_the_real_launcher(tmp_path):
     result = quick_run("modes", tmp_path / "modes.json")

@@ -166,7 +166,7 @@ def test_compression_is_checked_against_deepspeeds_keys():
         ({"dataset": {"columns": {"usr": "a"}}}, ('"recsys.dataset.columns"', '"user"')),
         ({"max_length": 3}, ('"max_length"', 'a key of "recsys.dataset"')),
         ({"train_batch_size": 3}, ("key of DeepSpeed", "top level")),
-        ({"qqq": 3}, ('"qqq"', "valid keys: pipe, data, tensor")),
+        ({"qqq": 3}, ('"qqq"', "valid keys: parallel, pipe, data, tensor")),
         ({"pipe": 0}, ('"recsys.pipe" is 0', "greater than 0")),
         ({"pipe": "2"}, ("\"recsys.pipe\" is '2'", "integer")),
         ({"pipe": True}, ('"recsys.pipe" is True', "integer")),

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bench_runs import whole_grid
 from logs import config, write_log
 
 _ROOT = Path(__file__).parents[1]
@@ -86,7 +87,7 @@ def test_killed_rank_then_resume_gives_the_same_losses(unbroken):
     _kill_and_resume(folder, arguments, folder / "whole", folder / "broken")
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=whole_grid), 1])
 def test_killed_rank_then_resume_gives_the_same_losses_with_compressed_gradients(unbroken, stage):
     folder, arguments, _ = unbroken
     compressed = {"recsys.compression.method": "int4", "recsys.compression.min_elements": 100}
@@ -133,6 +134,7 @@ def test_resume_with_another_batch_is_refused(unbroken):
     assert "train_batch_size 16" in output and "train_batch_size 32" in output and "Traceback" not in output
 
 
+@whole_grid
 def test_a_tensor_parallel_run_goes_on_and_is_evaluated_on_other_grids(unbroken):
     """Trained on pipe 2 x tensor 2, resumed on data 2, evaluated on tensor 2, exported from both checkpoints."""
     from ds_recsys import Recommender

@@ -86,9 +86,9 @@ def _quantiser(method):
     return quantise
 
 
-def _ledgers(problem, replicas, method="none", max_staleness=1000):
+def _ledgers(problem, replicas, method="none", max_staleness=1000, send_every=1):
     form = Format(_SHAPES, _options(method))
-    return [Ledger(form, problem.start.clone(), own, replicas, max_staleness) for own in range(replicas)]
+    return [Ledger(form, problem.start.clone(), own, replicas, max_staleness, send_every) for own in range(replicas)]
 
 
 def _run(ledgers, problem, events, simulation=None, messages=None):
@@ -97,6 +97,7 @@ def _run(ledgers, problem, events, simulation=None, messages=None):
         if simulation:
             getattr(simulation, kind)(*((i,) if kind == "step" else (i, j)))
         if kind == "step":
+            ledgers[i].steps += 1
             ledgers[i].record(ledgers[i].weights + problem.change(i, ledgers[i].weights))
         elif kind == "send":
             messages[i, j] = torch.empty(ledgers[i].form.message_bytes, dtype=torch.uint8)
@@ -180,6 +181,22 @@ def test_a_replica_that_was_away_drops_what_nobody_has_and_takes_the_rest_in_one
     assert torch.allclose(sum(ledger.weights.double() for ledger in ledgers), before - unpublished, atol=1e-5)
     _run(ledgers, problem, [("send", 0, 2), ("send", 1, 2), ("arrive", 0, 2), ("arrive", 1, 2)])
     assert not ledgers[2].behind() and ledgers[2].dropped == steps
+
+
+def test_a_message_waits_for_steps_to_tell_of_and_tells_of_all_of_them():
+    problem = _Problem(2)
+    ledgers = _ledgers(problem, 2, send_every=3)
+    for step in range(3):
+        assert not ledgers[0].may_send(1)
+        ledgers[0].steps += 1
+        if step != 1:  # two steps are recorded at once
+            ledgers[0].record(ledgers[0].weights + 1.0)
+    assert ledgers[0].may_send(1)
+    messages = _run(ledgers, problem, [("send", 0, 1)])
+    assert not ledgers[0].may_send(1)
+    _run(ledgers, problem, [("arrive", 0, 1)], messages=messages)
+    assert not ledgers[0].may_send(1) and ledgers[0].peers[1].heard == 3
+    torch.testing.assert_close(ledgers[1].weights, problem.start + 1.0)
 
 
 def test_of_two_that_were_cut_off_from_each_other_neither_is_behind():

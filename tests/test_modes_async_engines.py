@@ -21,8 +21,8 @@ run_on_grid = functools.partial(run_for_long, timeout=45)
 _SGD = {**BASE, "optimizer": {"type": "SGD", "params": {"lr": 0.2}}, "gradient_clipping": 0.3}
 
 
-def _in_lockstep():
-    engine = plain_engine(config=_SGD)
+def _in_lockstep(send_every):
+    engine = plain_engine(config=_SGD, send_every=send_every)
     in_lockstep(engine.data_parallel)
     for number in range(20):
         step(engine, number)
@@ -32,7 +32,7 @@ def _in_lockstep():
     return own, weights_of(engine)
 
 
-def _simulated(replicas, steps):
+def _simulated(replicas, steps, send_every):
     """The equations, in one process: what is sent after one step is applied after the next one, and known after that."""
     torch.manual_seed(0)
     model = Layers()
@@ -41,7 +41,7 @@ def _simulated(replicas, steps):
     told = torch.zeros_like(own)  # to each other replica the same
     weights = start.repeat(replicas, 1)
     came = torch.zeros_like(own)
-    under_way = None
+    under_way, sent = None, 0
     for number in range(steps):
         for i in range(replicas):
             torch.nn.utils.vector_to_parameters(weights[i].float(), model.parameters())
@@ -53,18 +53,18 @@ def _simulated(replicas, steps):
             own[i] -= 0.2 * torch.cat([p.grad.view(-1) for p in model.parameters()]).double()
         if under_way is not None:
             came, under_way = came + under_way, None
-        else:
-            under_way = own - told
+        elif number + 1 - sent >= send_every:
+            under_way, sent = own - told, number + 1
             told = own.clone()
         others = came.sum(0) - came
         weights = start + (own + (replicas - 1) * (own - told) + others) / replicas
     return weights.float(), (start + own.mean(0)).float()
 
 
-@pytest.mark.parametrize("replicas", [2, 3])
-def test_twenty_steps_equal_a_simulation(replicas):
-    results = run_on_grid(_in_lockstep, replicas)
-    expected, consensus = _simulated(replicas, 20)
+@pytest.mark.parametrize("replicas, send_every", [(2, 1), (3, 1), (3, 4)])
+def test_twenty_steps_equal_a_simulation(replicas, send_every):
+    results = run_on_grid(_in_lockstep, replicas, send_every=send_every)
+    expected, consensus = _simulated(replicas, 20, send_every)
     for (own, flushed), simulated in zip(results, expected, strict=True):
         assert (own - simulated).abs().max() < 1e-6
         assert (flushed - consensus).abs().max() < 1e-6 and torch.equal(flushed, results[0][1])
@@ -120,7 +120,7 @@ def pipeline_config(pipe, tensor, compression=None, training=None, **data_parall
             "model": {"config": _LLAMA, "tie": True},
             "training": training or {"steps": 12, "eval_every_epochs": 0},
             "compression": compression or {},
-            "data_parallel": {"mode": "async", **data_parallel},
+            "data_parallel": {"mode": "async", "send_every": 1, **data_parallel},
         },
     }
 

@@ -16,6 +16,8 @@ _BLOCKS = {
     "overlap of async": ({"mode": "async", "overlap_steps": 2}, ('"overlap_steps"', "diloco")),
     "mixing of delayed": ({"mode": "delayed", "mixing": 0.5}, ('"mixing"', "diloco")),
     "staleness of diloco": ({"mode": "diloco", "max_staleness": 5}, ('"max_staleness"', "async")),
+    "send_every of diloco": ({"mode": "diloco", "send_every": 2}, ('"send_every"', "async")),
+    "send_every": ({"mode": "async", "send_every": 100}, ('"send_every" 100', '"max_staleness" 100', "lower it")),
     "on_lost of local_sgd": ({"mode": "local_sgd", "on_lost": "continue"}, ('"on_lost"', "async")),
     "on_lost of diloco": ({"mode": "diloco", "on_lost": "continue"}, ('"on_lost"', "every average", '"stop"')),
     "overlap": ({"mode": "diloco", "every": 4, "overlap_steps": 4}, ('"overlap_steps" 4', '"every" 4')),

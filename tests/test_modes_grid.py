@@ -2,6 +2,8 @@
 
 import copy
 import json
+import threading
+from itertools import islice
 
 import pytest
 import torch
@@ -202,3 +204,34 @@ def test_another_grid_goes_on_from_the_common_weights(folder):
     found = run_on_grid(_reshape, 2, folder=folder, name="grid", values=other)
     assert found[0][0] == pytest.approx(shown, abs=1e-4)
     assert all(torch.tensor(losses).isfinite().all() for _, losses in found)
+
+
+def _sums_behind_the_gradients(folder):
+    values = config(pipe=1, data=2, data_parallel={"mode": "delayed"}, training={"steps": 3, "eval_every_epochs": 0})
+    trainer = ds_recsys.Trainer({**values, "zero_optimization": {"stage": 0}}, data=folder / "log.csv", run_dir=None)
+    trainer.callbacks = []
+    mode, found, main = trainer.engine.data_parallel, [], threading.get_ident()
+    send, all_reduce, under_way = mode._courier.send, dist.all_reduce, []
+
+    def sent(*arguments):
+        under_way.append(True)
+        return send(*arguments)
+
+    def seen(tensor, *arguments, **options):
+        group = options.get("group")
+        if under_way and threading.get_ident() == main and dist.get_world_size(group) > 1:
+            found.append(tuple(tensor.shape))
+        return all_reduce(tensor, *arguments, **options)
+
+    mode._courier.send, dist.all_reduce = sent, seen
+    losses = []
+    for micro_batches in islice(trainer.batches.epoch_iterator(0), 3):
+        under_way.clear()
+        losses.append(trainer._step(micro_batches).item())
+    return found, losses
+
+
+def test_nothing_of_a_delayed_step_waits_behind_the_gradients_on_the_links(folder):
+    (found, losses), (others, same_losses) = run_on_grid(_sums_behind_the_gradients, 2, folder=folder)
+    assert found == others == []
+    assert losses == same_losses  # the mean of both

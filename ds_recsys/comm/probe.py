@@ -59,7 +59,7 @@ def _time(group, method: str, make_reducer: Callable, values: int) -> float:
     """Of the slowest rank, the best of as many runs as `_SECONDS` allow, at least two."""
     device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
     flat = torch.randn(values, device=device, generator=torch.Generator(device).manual_seed(0)).mul_(1e-3)
-    reduce = _dense(group) if method == "none" else _compressed(make_reducer(method))
+    reduce = reduction(group, method, make_reducer)
     reduce(flat.clone()[: max(1, values // 16)])  # connects the ranks
     best, spent, runs = float("inf"), 0.0, 0
     while spent < _SECONDS or runs < 2:
@@ -74,11 +74,12 @@ def _time(group, method: str, make_reducer: Callable, values: int) -> float:
     return best
 
 
-def _dense(group) -> Callable:
-    return lambda flat: dist.all_reduce(flat, group=group)
+def reduction(group: dist.ProcessGroup | None, method: str, make_reducer: Callable) -> Callable:
+    """What sums a flat buffer in place by `method`; "none" is the backend's own sum."""
+    if method == "none":
+        return lambda flat: dist.all_reduce(flat, group=group)
+    reducer = make_reducer(method)
 
-
-def _compressed(reducer) -> Callable:
     def reduce(flat):
         reducer.all_reduce(flat, [(f"probe {flat.numel()}", (1, flat.numel()))])
         reducer.commit()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_recsys.comm.aggregation import Aggregator
+from ds_recsys.comm.aggregation import Aggregator, BackendSum
 from ds_recsys.comm.compressors import compressor
 from ds_recsys.comm.compressors.dense import Float32
 from ds_recsys.comm.error_feedback import ErrorFeedback
@@ -57,11 +57,20 @@ class Reducer:
         group: its ranks all make the same calls in the same order.
         method: see `ds_recsys.config.compression.Compression`; not "auto", which `probe.choose` resolves.
         hosts: the host of each rank of the group, as anything that compares; None finds out.
+        in_rank_order: whether values are added in the order of the ranks, so that copies of a tensor which other groups
+            sum, at other places of their buffers, get the same bits. Without it the backend sums what is not compressed,
+            which takes half of the processor's time.
         options: the other keys of that block.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, method: str = "int8", *, hosts: Sequence | None = None, **options
+        self,
+        group: dist.ProcessGroup | None,
+        method: str = "int8",
+        *,
+        hosts: Sequence | None = None,
+        in_rank_order: bool = True,
+        **options,
     ):
         self.options = Compression(method=method, **options)
         if method == "auto":
@@ -79,6 +88,8 @@ class Reducer:
             local, across = subgroups(hosts, group)
             local = local_transport_for(local)
             self._aggregator = HierarchicalAggregator(local, transport_for(across), self.feedback, **keywords)
+        elif method == "none" and not in_rank_order:
+            self._flat = self._aggregator = BackendSum(group)
         self._ranks = dist.get_world_size(group)
         self._low_rank = LowRank(self.options.rank, self.feedback) if method == "powersgd" else None
         self._momentum = MomentumCorrection(self.options.momentum, self.feedback) if self.options.momentum else None

@@ -33,7 +33,10 @@ def check_file(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> Non
             raise UserError(f'{source}: "{name}.type" is {block.get("type")!r}; name one, or remove the block')
         if block and not isinstance(block.get("params", {}), dict):
             raise UserError(f'{source}: "{name}.params" is {block["params"]!r}; give an object')
-    check_bounds(recsys.partition.bounds, recsys.pipe, None, source)
+    if recsys.parallel == "auto":
+        _check_open(deepspeed, recsys, source)
+    if recsys.parallel is None or "pipe" in recsys.model_fields_set:
+        check_bounds(recsys.partition.bounds, recsys.pipe, None, source)
     if recsys.head.blocks > 1 and recsys.tensor > 1:
         raise UserError(
             f'{source}: "recsys.head.blocks" {recsys.head.blocks} does not work with "recsys.tensor" {recsys.tensor}, whose '
@@ -53,6 +56,19 @@ def check_file(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> Non
         )
     if recsys.model.config is not None:
         check_model(recsys, recsys.model.config, source)
+
+
+def _check_open(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> None:
+    """What "parallel": "auto" needs to compare grids."""
+    if type(deepspeed.get("train_batch_size")) is not int:
+        raise UserError(
+            f'{source}: "recsys.parallel" "auto" compares grids that train on the same batch: give "train_batch_size"'
+        )
+    if recsys.head.blocks > 1:
+        raise UserError(
+            f'{source}: "recsys.parallel" "auto" does not measure a split head, and "recsys.head.blocks" is '
+            f"{recsys.head.blocks}; leave one of them out"
+        )
 
 
 def _head_layers(recsys: Recsys) -> int:

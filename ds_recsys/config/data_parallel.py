@@ -43,6 +43,11 @@ class DataParallel(Block):
         lt=1,
         description="diloco: share of a replica's own weights that stays when the outer optimizer's arrive.",
     )
+    send_every: Positive = Field(
+        16,
+        description="async: steps of a replica between two of its messages to another one, at least; more take less of its "
+        "time, fewer keep the weights of the others fresher.",
+    )
     max_staleness: Positive = Field(
         100,
         description="async: a replica that falls behind what the others have seen of it by more steps rejoins them.",
@@ -66,6 +71,11 @@ class DataParallel(Block):
             raise ValueError(
                 f'"fragments" {self.fragments} is more than "every" {self.every}, and one of them leaves in a step; lower it'
             )
+        if self.mode == "async" and self.send_every >= self.max_staleness:
+            raise ValueError(
+                f'"send_every" {self.send_every} must be less than "max_staleness" {self.max_staleness}, or every replica '
+                "falls behind all others; lower it"
+            )
         if self.mode == "diloco" and self.on_lost == "continue":
             raise ValueError(
                 '"on_lost": "continue" is for async: in diloco every replica takes part in every average; use "stop"'
@@ -88,5 +98,6 @@ _NEEDS = {
     "overlap_steps": ("diloco",),
     "mixing": ("diloco",),
     "max_staleness": ("async",),
+    "send_every": ("async",),
     "on_lost": ("async", "diloco"),
 }

@@ -121,6 +121,18 @@ class Config:
         resolve.refuse_other_autos(deepspeed, self.source)
         return replace(self, recsys=recsys, resolved=resolved, _deepspeed=deepspeed)
 
+    def with_values(self, values: Mapping[str, Any]) -> "Config":
+        """The config with other values for these dotted keys, as if its file had them; not resolved.
+
+        Raises `UserError`, one line, as `load_config` does.
+        """
+        changed = {**self.deepspeed, "recsys": self.recsys.model_dump(exclude_unset=True)}
+        for key, value in values.items():
+            _set(changed, key, value)
+        recsys, deepspeed = parse_block(changed["recsys"], self.source), resolve.without_recsys(changed)
+        checks.check_file(deepspeed, recsys, self.source)
+        return replace(self, recsys=recsys, resolved={**self.resolved, **values}, _deepspeed=deepspeed)
+
     def describe(self) -> list[str]:
         """What was decided for the user: `key: value (auto)` lines, in the order of the decisions."""
         return [f"{key}: {json.dumps(value)} (auto)" for key, value in self.resolved.items()]

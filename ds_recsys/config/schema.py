@@ -267,6 +267,11 @@ class Timeline(Block):
 class Recsys(Block):
     """The block itself: the grid of ranks first, then one sub-block per concern."""
 
+    parallel: Auto | None = Field(
+        None,
+        description='`"auto"`: measure this model, these devices and links when the run begins, and choose grid, '
+        "micro-batches, stages, compression and mode; what is set by hand stays. Null: as set.",
+    )
     pipe: Positive = Field(1, description="Pipeline stages.")
     data: Positive | Auto = Field("auto", description='Replicas; `"auto"` is world size / (`pipe` x `tensor`).')
     tensor: Positive = Field(1, description="Ranks that share each layer and the item table.")

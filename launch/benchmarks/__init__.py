@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-NAMES = ("quality", "head", "baselines", "timeline", "compression", "balance", "modes")
+NAMES = ("quality", "head", "baselines", "timeline", "compression", "balance", "modes", "hybrid")
 
 
 def load(name: str) -> ModuleType:

@@ -3,7 +3,7 @@
 The deepspeed launcher starts it on every device: arm.py FOLDER, where FOLDER/arm.json is {"engine": "deepspeed" | "ddp",
 "config": file, "settings": dotted keys over it}. A request is {"micro_batches": M, "warmup": w, "steps": n, "alone": bool,
 "timeline": bool, "trace": file or null}: M micro-batches over all replicas make the global batch; "alone" (ddp only) has
-every device compute all of them by itself.
+every device compute all of them by itself. {"plan": true} asks what "parallel": "auto" came to.
 """
 
 import argparse
@@ -56,9 +56,9 @@ class Batch:
 class DeepSpeedArm:
     """DeepSpeed's pipeline engine on the config's grid, as `Trainer` makes it, and where the time of its steps went."""
 
-    def __init__(self, config):
-        trainer = ds_recsys.Trainer(config, run_dir=None)
-        self.engine = trainer.engine
+    def __init__(self, config, folder: Path):
+        trainer = ds_recsys.Trainer(config, run_dir=folder / "run" if config.recsys.parallel else None)
+        self.engine, self.plan = trainer.engine, trainer.plan
         self.parameters = sum(parameter.numel() for parameter in trainer.pipe.parameters())
         self.batch = Batch(trainer.config, trainer.grid.data, self.engine.grid.get_data_parallel_rank())
 
@@ -80,7 +80,9 @@ class DeepSpeedArm:
 class DistributedDataParallelArm:
     """torch's DistributedDataParallel, which reduces buckets of gradients while the last micro-batch's backward goes on."""
 
-    def __init__(self, config):
+    plan = None
+
+    def __init__(self, config, folder: Path):
         init_distributed()
         config = config.resolve()
         recsys, rank = config.recsys, dist.get_rank()
@@ -128,11 +130,13 @@ class _WithLoss(nn.Module):
 class Arm:
     """Answers requests with measured steps."""
 
-    def __init__(self, engine: str, config):
-        self.arm = DistributedDataParallelArm(config) if engine == "ddp" else DeepSpeedArm(config)
+    def __init__(self, engine: str, config, folder: Path):
+        self.arm = (DistributedDataParallelArm if engine == "ddp" else DeepSpeedArm)(config, folder)
         self._cut = None
 
     def __call__(self, request: dict) -> dict:
+        if request.get("plan"):
+            return {"values": self.arm.plan.values, "reason": self.arm.plan.reason}
         cut = (request["micro_batches"], request["alone"])
         if cut != self._cut:
             self.arm.cut(*cut)
@@ -175,7 +179,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     folder = parser.parse_args().folder
     spec, rank = json.loads((folder / "arm.json").read_text()), int(os.environ["RANK"])
-    arm = Arm(spec["engine"], load_config(spec["config"], overrides=spec["settings"]))
+    arm = Arm(spec["engine"], load_config(spec["config"], overrides=spec["settings"]), folder)
     serve(folder, rank, arm)
     dist.destroy_process_group()
 

@@ -26,7 +26,7 @@ class Arms:
 
     def __init__(self, cluster, folder: Path, config: Path, label: str):
         self.cluster, self.label, self._folder, self._config = cluster, label, folder, config
-        self._jobs, self._mail = {}, {}
+        self._jobs, self._mail, self._started = {}, {}, 0
 
     @property
     def names(self) -> list[str]:
@@ -34,7 +34,8 @@ class Arms:
 
     def start(self, name: str, engine: str, settings: dict) -> None:
         """Begin to start an arm; `engine` as arm.py has it, `settings` are dotted keys over the config."""
-        folder = self._folder / f"arm{len(self._jobs)}"
+        self._started += 1
+        folder = self._folder / f"arm{self._started}"
         folder.mkdir(parents=True)
         spec = {"engine": engine, "config": str(self._config), "settings": settings}
         (folder / "arm.json").write_text(json.dumps(spec))
@@ -50,13 +51,16 @@ class Arms:
         alone: bool = False,
         timeline: bool = True,
         trace: str | None = None,
+        warmup: int = 0,
     ) -> dict:
         """Training steps: mean seconds and CPU seconds of one, its split averaged over the ranks, busy share, bytes sent.
+
+        Alone, also the seconds of each rank.
 
         Raises:
             RuntimeError: the arm's job has ended, with the end of each rank's log.
         """
-        request = {"micro_batches": micro_batches, "warmup": 0, "steps": steps, "alone": alone}
+        request = {"micro_batches": micro_batches, "warmup": warmup, "steps": steps, "alone": alone}
         before = self.cluster.link_bytes()
         answers = self._mail[name].ask({**request, "timeline": timeline, "trace": trace}, steps * _STEP_SECONDS)
         after = self.cluster.link_bytes()
@@ -67,17 +71,29 @@ class Arms:
             "parameters": max(answer["parameters"] for answer in answers),
             "sent_bytes": {host: after[host][0] - before[host][0] for host in after},
         }
-        splits = [answer["split"][0] for answer in answers if "split" in answer]
+        if alone:
+            result["rank_seconds"] = [mean(answer["seconds"]) for answer in answers]
+        splits = [split for answer in answers for split in answer.get("split", ())]
         if splits:
             result["split"] = {kind: mean(split[kind] for split in splits) for kind in splits[0]}
             result["busy"] = mean(split["compute"] / sum(split.values()) for split in splits)
         return result
 
-    def ready(self, micro_batches: list[int]) -> None:
-        """Wait until every arm has made its engine, and warm each up with a step of each kind."""
-        for mail in self._mail.values():
+    def ready(self, micro_batches: list[int], names: list[str] | None = None) -> None:
+        """Wait until every arm, or those named, has made its engine, and warm each up with a step of each kind."""
+        for name in names or self.names:
             for m in micro_batches:
-                mail.ask({"micro_batches": m, "warmup": 1, "steps": 0, "alone": False}, _START_SECONDS)
+                self._mail[name].ask({"micro_batches": m, "warmup": 1, "steps": 0, "alone": False}, _START_SECONDS)
+
+    def plan(self, name: str) -> dict:
+        """What "parallel": "auto" came to in an arm: {"values": dotted keys, "reason": text}; waits until it is ready."""
+        return self._mail[name].ask({"plan": True}, _START_SECONDS)[0]
+
+    def stop(self, names: list[str]) -> None:
+        """End these arms' jobs."""
+        for name in names:
+            self._jobs.pop(name).stop()
+            del self._mail[name]
 
     def __enter__(self):
         return self

@@ -65,6 +65,7 @@ def _speed(config: Path, methods: list[str], options) -> Iterator[dict]:
     from ds_recsys import load_config
     from ds_recsys.simulation import Cluster, load_spec
 
+    quality.fetch(config, options.data)
     hosts = _QUICK_HOSTS if options.quick else _HOSTS
     spec = load_spec({"hosts": [{"count": hosts, "devices": 1, "speed": options.speed}]})
     groups, rate, batch = rounds(methods), None, load_config(config).train_batch_size

@@ -1,7 +1,7 @@
 """`bench.py modes`: when the replicas tell each other what they learned, in speed on simulated clusters and in quality.
 
-The quick start's model on MovieLens 100K, plain data parallelism of four replicas, dense and int8. Four devices of half a core
-each: the two cores that such a machine has at least, shared.
+The quick start's model on MovieLens 100K, 64 windows a step, plain data parallelism of four replicas, dense and int8. Four
+devices of half a core each: the two cores that such a machine has at least, shared.
 """
 
 import tempfile
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import modes_plot, modes_report, quality
 from benchmarks.harness import ROOT, load
-from benchmarks.modes_arms import METHODS, MODES, SYNC
+from benchmarks.modes_arms import BATCH, METHODS, MODES, SYNC
 from benchmarks.modes_quality import trainings
 from benchmarks.modes_speed import speed
 
@@ -35,7 +35,7 @@ def arguments(parser) -> None:
     runs = parser.add_argument_group("quality")
     runs.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     runs.add_argument("--ranks", type=int, default=4, help="replicas of the whole trainings (4, as on the cluster)")
-    runs.add_argument("--epochs", type=int, default=10, help="of the whole trainings (10)")
+    runs.add_argument("--epochs", type=int, default=20, help="of the whole trainings (20)")
     runs.add_argument("--run_dir", default="runs/modes")
 
 
@@ -45,6 +45,7 @@ def measure(options) -> Iterator[dict]:
     kept = load(Path(options.resume), "modes")["rows"] if options.resume and Path(options.resume).exists() else []
     given = options.modes or (["diloco", "async"] if options.quick else MODES)
     options.modes = [mode for mode in MODES if mode in (SYNC, *given)]
+    options.batch = None if options.quick else BATCH
     if not options.quick:
         yield from _parts(_CONFIG, options, kept)
         return

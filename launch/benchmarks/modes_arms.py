@@ -10,6 +10,9 @@ MODES = (SYNC, "delayed", "local_sgd", "diloco", "async")
 METHODS = ("none", "int8")
 _LOCAL = ("local_sgd", "diloco")
 _NEVER = 1_000_000  # steps: longer than any run here
+_TOGETHER = 3  # arms beside the references
+# windows of a step: with the quick start's 16, half a core would spend a third of a step on sending and receiving
+BATCH, _LEARNING_RATE = 64, 2e-3
 _TITLES = {
     ALONE: "each replica alone",
     "delayed": "delayed",
@@ -30,12 +33,18 @@ def title(mode: str, method: str = "none") -> str:
     return name if method == "none" else f"{name}, {method}"
 
 
-def settings(config: Path, mode: str, method: str, ranks: int, every: int, data: str | None = None) -> dict:
+def settings(
+    config: Path, mode: str, method: str, ranks: int, every: int, data: str | None = None, batch: int | None = None
+) -> dict:
     """Dotted keys over the config: plain data parallelism of one micro-batch, the mode, and what compresses it.
 
+    With `batch` windows a step in place of the config's, the learning rate is that of BATCH.
     ALONE never sends: replicas of local SGD whose first average is beyond the end of every run.
     """
     found = compression_training.settings(config, DENSE if method == "none" else method, ranks, data)
+    if batch:
+        found |= {"train_batch_size": batch, "train_micro_batch_size_per_gpu": batch // ranks}
+        found["optimizer.params.lr"] = _LEARNING_RATE
     if mode != SYNC:
         found["recsys.data_parallel.mode"] = "local_sgd" if mode == ALONE else mode
     if mode in (ALONE, *_LOCAL):
@@ -49,10 +58,14 @@ def margin(mode: str, every: int) -> int | None:
 
 
 def groups(modes: list[str], methods: list[str]) -> list[list[tuple[str, str]]]:
-    """(mode, method) of the jobs that are up at once, which all of them together would not fit into memory.
+    """(mode, method) of the jobs that are up at once: more than five take the memory from each other, and a step's time grows.
 
     Each group has what the others are compared with: replicas alone, and dense synchronous training.
     """
     references = [(ALONE, "none"), (SYNC, "none")]
-    wanted = [[(mode, method) for mode in modes if (mode, method) not in references] for method in methods]
-    return [[*references, *group] for group in wanted if group]
+    found = []
+    for method in methods:
+        arms = [(mode, method) for mode in modes if (mode, method) not in references]
+        size = -(-len(arms) // -(-len(arms) // _TOGETHER)) if arms else 1
+        found += [[*references, *arms[start : start + size]] for start in range(0, len(arms), size)]
+    return found

@@ -14,8 +14,9 @@ def plot(rows: list[dict], path: Path) -> None:
     """Dense arms are drawn solid, int8 dashed or pale; whole trainings without the cluster, seconds a step from it."""
     cells, trained = windows(rows), by_seed(rows)
     colour = plots.colours(MODES)
-    with plots.drawing(path, 1, len(LINKS) + 1, width=4.4, height=3.8) as axes:
-        for axis, link in zip(axes[0], LINKS, strict=False):
+    links = LINKS if trained else ()
+    with plots.drawing(path, 1, len(links) + 1, width=4.4, height=3.8) as axes:
+        for axis, link in zip(axes[0], links, strict=False):
             for (mode, method), seeds in trained.items():
                 cell = cells.get((mode, method, link, EVEN))
                 if not cell:
@@ -43,13 +44,23 @@ def _bars(axis, cells: dict, colour: dict) -> None:
         heights = [median(row["samples_per_s"] for row in cells.get((mode, method, *cell), [])) if (mode, method, *cell)
                    in cells else 0 for cell in CELLS]  # fmt: skip
         places = [x + (number - (len(arms) - 1) / 2) * width for x in range(len(CELLS))]
-        axis.bar(places, heights, width, color=colour[mode], alpha=1.0 if method == "none" else 0.5)
+        axis.bar(
+            places,
+            heights,
+            width,
+            color=colour[mode],
+            alpha=1.0 if method == "none" else 0.5,
+            label=title(mode, method),
+        )
     alone = cells.get((ALONE, "none", 1, EVEN))
     if alone:
         speed = median(row["samples_per_s"] for row in alone)
         axis.axhline(speed, color="black", linewidth=0.8)
         place = axis.get_yaxis_transform()  # x as a share of the axis
-        axis.text(0.99, speed, "replicas alone", transform=place, ha="right", va="bottom", fontsize=7)
+        axis.text(0.01, speed, "replicas alone", transform=place, ha="left", va="bottom", fontsize=7)
     words = {EVEN: "", HALF: "\none at\nhalf speed", STOP: "\none\nstopped"}
     axis.set_xticks(range(len(CELLS)), [f"{link}x{words[situation]}" for link, situation in CELLS])
     axis.set_ylabel("samples/s, all replicas (pale: int8)")
+    axis.set_ylim(top=1.4 * axis.get_ylim()[1])  # room for the legend
+    if arms:
+        axis.legend(fontsize=6, ncols=2, loc="upper right")

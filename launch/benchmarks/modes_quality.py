@@ -11,11 +11,13 @@ from pathlib import Path
 from benchmarks import quality
 from benchmarks.modes_arms import SYNC, arm, settings
 
+_VALIDATIONS = 10  # of a training
+
 
 def trainings(config: Path, options, kept: list[dict]) -> Iterator[dict]:
     """Rows of kind "quality", seed by seed, so that a broken-off run has whole seeds; those in `kept` are taken over."""
     arms = [(SYNC, "none"), *((mode, method) for method in options.methods for mode in options.modes)]
-    place = {"ranks": options.ranks, "epochs": options.epochs, "every": options.every}
+    place = {"ranks": options.ranks, "epochs": options.epochs, "every": options.every, "batch": options.batch}
     for seed in options.seeds:
         for mode, method in dict.fromkeys(arms):
             wanted = {"kind": "quality", "mode": mode, "method": method, "seed": seed, **place}
@@ -29,8 +31,8 @@ def train(config: Path, row: dict, data: str | None, folder: Path) -> dict:
     from ds_recsys.runlog import read_log
 
     name = f"{arm(row['mode'], row['method'])}-seed{row['seed']}"
-    changes = settings(config, row["mode"], row["method"], row["ranks"], row["every"])
-    changes["recsys.training.eval_every_epochs"] = 1
+    changes = settings(config, row["mode"], row["method"], row["ranks"], row["every"], batch=row.get("batch"))
+    changes["recsys.training.eval_every_epochs"] = max(1, (row["epochs"] or 1) // _VALIDATIONS)
     if row["epochs"]:
         changes["recsys.training.epochs"] = row["epochs"]
     texts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()]

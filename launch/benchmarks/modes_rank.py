@@ -27,7 +27,7 @@ class Replica:
     """Answers requests with what happened in a window, moments in seconds of the machine's monotonic clock."""
 
     def __init__(self, config, folder: Path, margin: int | None):
-        self.arm, self._folder, self._margin = DeepSpeedArm(config), folder, margin
+        self.arm, self._folder, self._margin = DeepSpeedArm(config, folder), folder, margin
         self.arm.cut(dist.get_world_size(), alone=False)
         self.mode = getattr(self.arm.engine, "data_parallel", None)
 

@@ -159,9 +159,10 @@ def _line(rows: list[dict], cells: dict, trained: dict, mode: str, method: str) 
 def _caption(rows: list[dict]) -> str:
     parts = []
     for row in (row for row in rows if row["kind"] == "workload"):
+        of = f" of {row['batch']} windows" if row["batch"] else ""
         parts.append(
             f"{row['parameters']:,} parameters on {row['hosts']} hosts x 1 replica of {row['speed']:g} cores, compute "
-            f"{1e3 * row['compute_seconds']:.0f} ms a step; at 1x dense gradients take as long on the links "
+            f"{1e3 * row['compute_seconds']:.0f} ms a step{of}; at 1x dense gradients take as long on the links "
             f"({row['rate'] / 1e6:.0f} Mbit/s), at 4x four times as long. Windows of {row['window']:g} s; one replica at half "
             f"speed, or stopped for {row['stop']:g} s of {row['window'] + row['stop']:g} s, at 1x. Ideal: replicas that do not "
             f"communicate, less what the slow or stopped one lacks. Local SGD and DiLoCo average every {row['every']} steps."

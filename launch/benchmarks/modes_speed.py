@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks import quality
 from benchmarks.compression_training import link_rate
 from benchmarks.modes_arms import ALONE, SYNC, arm, groups, margin, settings
 from benchmarks.modes_job import SLOWED, Replicas
@@ -29,11 +30,12 @@ def speed(config: Path, options, kept: list[dict]) -> Iterator[dict]:
     from ds_recsys import load_config
     from ds_recsys.simulation import Cluster, load_spec
 
+    quality.fetch(config, options.data)
     hosts = QUICK_HOSTS if options.quick else HOSTS
     place = {"hosts": hosts, "speed": options.speed, "every": options.every, "window": options.seconds}
-    place["stop"] = options.stop
+    place |= {"stop": options.stop, "batch": options.batch}
     workload = next((row for row in kept if row["kind"] == "workload" and place.items() <= row.items()), None)
-    samples = load_config(config).train_batch_size // hosts
+    samples = (options.batch or load_config(config).train_batch_size) // hosts
     if workload:
         yield workload
     with Cluster(load_spec({"hosts": [{"count": hosts, "devices": 1, "speed": options.speed}]})) as cluster:
@@ -72,7 +74,7 @@ class _Bench:
         self._set(None, [_STARTING_SPEED] * len(self._cluster.spec.hosts))
         every, hosts = self._options.every, len(self._cluster.spec.hosts)
         for mode, method in arms:
-            changes = settings(config, mode, method, hosts, every, self._options.data)
+            changes = settings(config, mode, method, hosts, every, self._options.data, self._options.batch)
             self._replicas.start(arm(mode, method), changes, margin(mode, every))
         self._replicas.ready()
 

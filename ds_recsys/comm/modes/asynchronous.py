@@ -12,8 +12,9 @@ logger = logging.getLogger("ds_recsys")
 class Asynchronous(MeetingReplicas):
     """See exchange.py for the algorithm and exchange_wire.py for the messages, which go over gloo also on GPUs.
 
-    After a step a replica takes what has arrived and sends to whoever has applied its last message; its ranks (pipeline
-    stages x tensor ranks) agree on both in one small all-reduce, so that what they hold in copies stays equal bit for bit.
+    After a step a replica takes what has arrived and sends to whoever has applied its last message, if that is `send_every`
+    steps old; its ranks (pipeline stages x tensor ranks) agree on both in one small all-reduce, so that what they hold in
+    copies stays equal bit for bit. Steps without either cost nothing else.
     It waits for the others only in a meeting: to save, to evaluate, to flush. Evaluations, exports and checkpoints see the
     mean of the replicas' weights, and change nothing but that messages arrive before them.
 
@@ -32,22 +33,32 @@ class Asynchronous(MeetingReplicas):
 
     def after_step(self) -> None:
         begin, ledger = time.perf_counter(), self.ledger
-        weights = self._read()
-        finite, received = self._look(bool((weights - ledger.weights).sum().isfinite()))
-        ledger.record(weights if finite else None)
-        self._drop_if_late()
-        for replica, peer in ledger.peers.items():
+        self._moved = True
+        _, received = self._look()
+        ledger.steps += 1
+        for peer in ledger.peers.values():
             self._note_gap(peer.known - peer.seen)
-            if received[replica] > peer.applied:
-                ledger.apply(replica, self.wire.take(replica))
+        arrived = [replica for replica, peer in ledger.peers.items() if received[replica] > peer.applied]
+        wanting = [replica for replica in ledger.peers if ledger.may_send(replica)]
+        if arrived or wanting or ledger.behind():
+            self._exchange(arrived)
+        if arrived or wanting or ledger.steps % self.options.send_every == 0:
+            self._tell()
+        self._report_silent()
+        self._follow_schedule()
+        self.seconds += time.perf_counter() - begin
+
+    def _exchange(self, arrived: list[int]) -> None:
+        """Take the messages of the replicas in `arrived`, then send to whoever may get one."""
+        ledger = self.ledger
+        self._record()
+        self._drop_if_late()
+        for replica in arrived:
+            ledger.apply(replica, self.wire.take(replica))
         for replica in ledger.peers:
             if ledger.may_send(replica):
                 self.wire.send(replica, lambda message, replica=replica: ledger.send(replica, message))
-        self._report_silent()
-        self._tell()
         self._write()
-        self._follow_schedule()
-        self.seconds += time.perf_counter() - begin
 
     def _note_gap(self, steps: int) -> None:
         self._gap_sum, self._gap_count, self._gap_max = (

@@ -30,11 +30,14 @@ class MeetingReplicas(LocalMode):
     def __init__(self, engine, options, compression):
         super().__init__(engine, options, compression)
         self.form = Format(self.parameters.shapes, compression.model_copy(update={"method": self.method}))
-        self.ledger = Ledger(self.form, self._read(), self.data_rank, self.data_size, options.max_staleness)
+        self.ledger = Ledger(
+            self.form, self._read(), self.data_rank, self.data_size, options.max_staleness, options.send_every
+        )
         group = group_like(self.data_group, backend="gloo", timeout=_PATIENCE)
         self.wire = Wire(group, self.form.message_bytes)
         self.lost: dict[int, int] = {}
         self._phase, self._mask, self._met = 0, 0, 0
+        self._moved = False  # whether this replica has taken steps that the ledger does not know
         self._left: list[int] = []
 
     def _read(self) -> Tensor:
@@ -42,6 +45,15 @@ class MeetingReplicas(LocalMode):
 
     def _write(self) -> None:
         self.parameters.write(self.ledger.weights)
+
+    def _record(self) -> None:
+        """Tell the ledger what this replica's steps came to; if that is not finite, they have changed nothing that counts."""
+        if not self._moved:
+            return
+        weights = self._read()
+        if self.agreed(bool((weights - self.ledger.weights).sum().isfinite())):
+            self.ledger.record(weights)
+        self._moved = False
 
     def progress(self, steps: int) -> int:
         """The steps that all replicas together are known to have taken, over their number at the start."""
@@ -55,6 +67,7 @@ class MeetingReplicas(LocalMode):
 
         A replica comes here because of what it knows of the others' steps, and those will soon know as much.
         """
+        self._record()
         self._next_phase(progress)
         lines = self.wire.lines
         met = max([progress, *(lines[replica].note["progress"] for replica in self.ledger.peers)])
@@ -128,8 +141,12 @@ class MeetingReplicas(LocalMode):
         return values.cpu()
 
     def _lose(self, replica: int) -> None:
+        moved = self._moved
+        self._record()
         self.lost[replica] = self.ledger.peers[replica].known
         self.ledger.lose(replica, self.wire.lines[replica].last_message)
+        if moved:  # not in a meeting, which writes at its end
+            self._write()
         what = f"replica {replica} is lost after {self.lost[replica]} steps: its connection to replica {self.data_rank} broke"
         if self.options.on_lost == "stop":
             raise LostRank(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ds_recsys import compat
 from ds_recsys.comm import probe
+from ds_recsys.comm.backend import GradientBackend
 from ds_recsys.comm.groups import group_like, place_of, replica_group
 from ds_recsys.comm.modes import state
 from ds_recsys.comm.modes.flat import FlatParameters
@@ -57,13 +58,17 @@ class Mode:
         self.method = self._choose() if compression.method == "auto" else compression.method
         # torch's optimizers do not look for overflows; DeepSpeed's do
         self.guarded = hasattr(engine.optimizer, "overflow")
+        self._backend = GradientBackend.install()
         self._hooks = [
+            MethodHook(engine, "clip_fp32_gradients", self._clip),
             MethodHook(engine, "buffered_allreduce_fallback", self._reduce),
             MethodHook(engine.optimizer, "step", self.optimizer_step),
             MethodHook(engine, compat.MODEL_STEP, self._model_step),
             MethodHook(engine, "save_checkpoint", self._save),
             MethodHook(engine, "load_checkpoint", self._load),
         ]
+        if engine.pipeline_parallelism and self.data_size > 1:
+            self._hooks.append(MethodHook(engine, compat.AGGREGATE_LOSS, self.sum_loss))
         if engine.pipeline_parallelism:
             self._hooks.append(MethodHook(engine, "eval_batch", self._eval_batch))
             self._hooks.append(MethodHook(engine, "train_batch", self._train_batch))
@@ -78,6 +83,10 @@ class Mode:
     def optimizer_step(self, method: Callable, *args, **kwargs):
         """In place of `optimizer.step`; where it leaves `overflow` true the engine counts the step as skipped."""
         return method(*args, **kwargs)
+
+    def sum_loss(self, method: Callable):
+        """In place of the engine's call that averages the loss of a step over the replicas."""
+        return method()
 
     def after_step(self) -> None:
         """The engine has counted the step; `steps` counts it too."""
@@ -133,10 +142,28 @@ class Mode:
 
     # what all modes use
 
+    @property
+    def dense(self) -> bool:
+        """Whether this step averages gradients as DeepSpeed does."""
+        return False
+
+    def _clip(self, method: Callable):
+        """DeepSpeed averages the norm that clips gradients over the replicas, and each would wait for the others."""
+        if self.dense:
+            return method()
+        group = compat.clipping_group()
+        return self.answered(method, group, lambda norm: norm.mul_(dist.get_world_size(group)))
+
+    def answered(self, method: Callable, group: dist.ProcessGroup, answer: Callable[[Tensor], object]):
+        """`method()`, with `answer(tensor)` in place of DeepSpeed's sums over `group`."""
+        with self._backend.gradient_scope(group, answer):
+            return method()
+
     def make_reducer(self, method: str | None = None) -> Reducer:
         """Averages over `wire_group` with this run's compression; for one thing at a time. Collective over it."""
         given = {key: getattr(self.compression, key) for key in self.compression.model_fields_set - {"method"}}
-        return Reducer(self.wire_group, method or self.method, **given)
+        alone = dist.get_world_size(self.replica_group) == 1  # no other rank of the replica holds a copy of its weights
+        return Reducer(self.wire_group, method or self.method, in_rank_order=not alone, **given)
 
     def _choose(self) -> str:
         values = sum(parameter.numel() for parameter in self.parameters.parameters)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_recsys import compat
@@ -18,6 +19,10 @@ class Delayed(Mode):
     correction of a delay (DC-ASGD, https://arxiv.org/abs/1609.08326, equation 5, with the average gradient in place of a
     worker's) is g + correction x g x g x (weights now - weights that g was computed at).
 
+    What else DeepSpeed averages over the replicas in a step, the loss and the norm that clips gradients, would queue on the
+    links behind the gradients under way, and the step would wait for them after all: the loss is averaged before they leave,
+    and the norm is that of the average, the same on all replicas.
+
     An average with a NaN or an infinity is skipped on all ranks, and what error feedback keeps is as if it had not been.
     """
 
@@ -31,6 +36,7 @@ class Delayed(Mode):
         self._skips = False  # the step that is being taken
         self._weights_then: Tensor | None = None  # that the gradients under way were computed at
         self._spare: Tensor | None = None
+        self._loss: Tensor | None = None  # the sum over the replicas, on the last stage
         self.seconds_waited = 0.0
 
     def reduce_gradients(self, method: Callable, grads=None, **options) -> None:
@@ -42,8 +48,20 @@ class Delayed(Mode):
         self._apply()
         if self.options.delay_correction:
             self._weights_then = self.parameters.read(self._weights_then)
+        self._send_loss()
         self._travelling = self._courier.send(self._reducer, own, self.parameters)
         return None
+
+    def _send_loss(self) -> None:
+        self._loss = compat.step_loss(self.engine) if self.engine.pipeline_parallelism else None
+        if self._loss is not None and self.data_size > 1:
+            with self.watched():
+                dist.all_reduce(self._loss, group=self.data_group)
+
+    def sum_loss(self, method: Callable):
+        if self._loss is None:
+            return method()
+        return self.answered(method, compat.data_parallel_group(self.engine), lambda loss: loss.copy_(self._loss))
 
     def _gradients(self) -> list[Tensor]:
         parameters = self.parameters.parameters

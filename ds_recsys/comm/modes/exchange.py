@@ -93,28 +93,30 @@ class Ledger:
 
     It takes as many fp32 copies of the weights in the host's memory as there are replicas, and one more.
 
+    Args:
+        send_every: steps between two messages to one replica, at least.
+
     Attributes:
-        weights: fp32 [numel], those of this replica after the last exchange.
+        weights: fp32 [numel], those of this replica when they were last recorded or exchanged.
         steps: that this replica has taken.
         peers: by replica, those that are not lost.
         dropped: changes of how many steps were dropped so far, for being made on weights that were too old.
     """
 
-    def __init__(self, form: Format, weights: Tensor, own: int, replicas: int, max_staleness: int):
-        self.form, self.own, self.replicas, self.max_staleness = form, own, replicas, max_staleness
+    def __init__(self, form: Format, weights: Tensor, own: int, replicas: int, max_staleness: int, send_every: int = 1):
+        self.form, self.own, self.replicas = form, own, replicas
+        self.max_staleness, self.send_every = max_staleness, send_every
         self.weights = weights
         self.peers = {replica: Peer(form.numel) for replica in range(replicas) if replica != own}
         self.steps = self.dropped = 0
         self._scratch = torch.empty(form.numel)
 
-    def record(self, weights: Tensor | None) -> None:
-        """The replica has taken a step, to `weights`; None: the step has changed nothing that counts."""
-        self.steps += 1
-        if weights is not None:
-            change = torch.sub(weights, self.weights, out=self._scratch)
-            for peer in self.peers.values():
-                peer.pending.add_(change)
-            self.weights.copy_(weights)
+    def record(self, weights: Tensor) -> None:
+        """The replica's own steps have led to `weights` by now."""
+        change = torch.sub(weights, self.weights, out=self._scratch)
+        for peer in self.peers.values():
+            peer.pending.add_(change)
+        self.weights.copy_(weights)
 
     def hear(self, replica: int, steps: int, consumed: int) -> None:
         """`replica` has taken `steps` and applied `consumed` of this one's messages."""
@@ -124,9 +126,9 @@ class Ledger:
             peer.consumed, peer.heard = consumed, peer.told
 
     def may_send(self, replica: int) -> bool:
-        """Whether nothing is under way to `replica`, and there is something to send."""
+        """Whether nothing is under way to `replica`, and there are enough steps to tell of."""
         peer = self.peers[replica]
-        return peer.sent == peer.consumed and peer.told < self.steps
+        return peer.sent == peer.consumed and self.steps - peer.told >= self.send_every
 
     def send(self, replica: int, message: Tensor) -> None:
         """message uint8 [message_bytes] <- what `replica` does not have yet, as the compressor sends it."""

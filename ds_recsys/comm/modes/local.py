@@ -7,9 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ds_recsys import compat
-from ds_recsys.comm.backend import GradientBackend
 from ds_recsys.comm.modes.base import Mode
-from ds_recsys.method_hook import MethodHook
 
 logger = logging.getLogger("ds_recsys")
 
@@ -20,13 +18,6 @@ class LocalMode(Mode):
     `train_batch` returns the loss of this replica. A replica whose gradients are not finite skips its step. What each has
     of its own (weights, optimizer, learning rate) is in each rank's file of a checkpoint.
     """
-
-    def __init__(self, engine, options, compression):
-        super().__init__(engine, options, compression)
-        self._backend = GradientBackend.install()
-        self._hooks.append(MethodHook(engine, "clip_fp32_gradients", self._clip_own))
-        if engine.pipeline_parallelism and self.data_size > 1:
-            self._hooks.append(MethodHook(engine, compat.AGGREGATE_LOSS, self._own_loss))
 
     @property
     def dense(self) -> bool:
@@ -59,26 +50,9 @@ class LocalMode(Mode):
         gradients = [p.grad for p in self.parameters.parameters if p.grad is not None]
         return not gradients or bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all())
 
-    def _clip_own(self, method: Callable):
-        """DeepSpeed averages the norm over the replicas, and each would wait for the others."""
-        if self.dense:
-            return method()
-        group = compat.clipping_group()
-
-        def answer(norm: torch.Tensor) -> None:
-            norm.mul_(dist.get_world_size(group))
-
-        with self._backend.gradient_scope(group, answer):
-            return method()
-
-    def _own_loss(self, method: Callable):
-        """The engine divides the sum over the replicas by their number."""
-
-        def answer(total: torch.Tensor) -> None:
-            total.mul_(self.data_size)
-
-        with self._backend.gradient_scope(compat.data_parallel_group(self.engine), answer):
-            return method()
+    def sum_loss(self, method: Callable):
+        """This replica's own; the engine divides the sum over the replicas by their number."""
+        return self.answered(method, compat.data_parallel_group(self.engine), lambda loss: loss.mul_(self.data_size))
 
     def state_dict(self) -> dict:
         engine = self.engine

@@ -1,0 +1,142 @@
+"""launch/bench.py hybrid: its figures as a function of the rows, what it switches off, a smoke run on a cluster."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from bench_runs import quick_run, whole_grid
+from benchmarks import hybrid, hybrid_report
+
+from ds_recsys.simulation import network
+from ds_recsys.simulation.cgroups import CpuController
+
+obstacle = network.missing() or (None if CpuController.find() else "a cpu controller")
+PLAN = {
+    "recsys.pipe": 2,
+    "recsys.data": 2,
+    "recsys.tensor": 1,
+    "recsys.compression.method": "int8",
+    "recsys.data_parallel.mode": "sync",
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 8,
+    "recsys.partition.bounds": [0, 4, 9],
+    "optimizer.params.fused": True,
+}
+
+
+def _step(mode, seconds, *, m=4, items=1682, ratio=1.02, busy=None, repeat=0):
+    place = {"kind": "step", "topology": "2x2", "items": items, "ratio": ratio, "mode": mode, "micro_batches": m}
+    measured = {"ideal_seconds": seconds} if mode == "ideal" else {"seconds": seconds, "busy": busy}
+    return {**place, "repeat": repeat, "seconds": seconds, **measured}
+
+
+def _cell(single, vanilla, ours, **where):
+    return [
+        _step("ideal", 1.0, **where),
+        _step("ideal", 1.2, **{**where, "m": 16}),
+        _step("pipeline", 1.1 * single, **where, busy=0.5),
+        *(_step("pipeline", seconds, **{**where, "m": 16}, busy=0.6) for seconds in (0.9 * single, single, 3 * single)),
+        _step("data, DDP", 2 * single, **where),
+        _step("hybrid, DeepSpeed", vanilla, **where, busy=0.4),
+        _step("ours", ours, **where, busy=0.9),
+        _step("ours without compression", 1.5 * ours, **where),
+    ]
+
+
+ROWS = [
+    {"kind": "plan", "topology": "2x2", "items": 1682, "ratio": 1.02, "preset": "p", "values": PLAN},
+    *_cell(1.4, 1.5, 1.1),
+    *_cell(4.0, 3.0, 1.6, ratio=4.06),
+    *_cell(2.5, 2.8, 1.25, items=100_000),
+]
+
+
+def test_figures_are_the_worst_over_the_cells_each_mode_at_its_best():
+    figures = hybrid.figures(ROWS)
+    assert figures["min_share_of_ideal"] == pytest.approx(1 / 1.6)
+    assert figures["min_ratio_to_best_single"] == pytest.approx(1.4 / 1.1)
+    single, ours = 1 / 4.0, 1 / 1.6
+    assert figures["gap_closed_min"] == pytest.approx((ours - single) / (1 - single))
+    assert figures["ratio_to_best_single_where_room"] == pytest.approx(2.0)  # of 4.0 / 1.6 and 2.5 / 1.25
+    assert figures["heavy_ratio_to_best_single"] == pytest.approx(2.0)
+    assert figures["ratio_to_vanilla_4x"] == pytest.approx(3.0 / 1.6)
+    assert figures["busy_ratio_to_best_single"] == pytest.approx(0.9 / 0.6)
+
+
+def test_ranking_figures_are_compared_in_the_noise_of_the_dense_ones():
+    def trained(mode, ndcg, seed):
+        return {"kind": "quality", "mode": mode, "method": "none", "seed": seed, "valid": [6.0], "ndcg": ndcg}
+
+    dense = [trained("sync", value, seed) for seed, value in enumerate((0.07, 0.08, 0.09))]
+    late = [trained("delayed", value, seed) for seed, value in enumerate((0.07, 0.075, 0.08))]
+    rows = [*ROWS, *dense, *late]
+    assert hybrid.figures(rows)["ndcg_off_in_seed_noise"] == pytest.approx(0.5)
+    assert hybrid.figures(ROWS)["ndcg_off_in_seed_noise"] is None
+    assert "| delayed | 6.0000 ± 0.0000 | 0.0750 ± 0.0050 |" in hybrid.table(rows)
+
+
+def test_a_cell_without_ours_counts_for_nothing():
+    rows = [*ROWS, _step("ideal", 1.0, ratio=0.25), _step("pipeline", 1.1, ratio=0.25)]
+    assert hybrid.figures(rows) == hybrid.figures(ROWS)
+    assert hybrid.figures([_step("pipeline", 1.0)])["min_share_of_ideal"] is None
+
+
+def test_the_table_names_what_was_chosen_and_what_each_part_gives():
+    table = hybrid.table(ROWS)
+    assert (
+        "| 2 hosts x 2 devices | 1,682 | 1.02x | 1.00 | pipeline 1.40 | 1.50 | **1.10** | 91% | 1.27 | 1.36 |" in table
+    )
+    assert "| 2 hosts x 2 devices | 1,682 | 1.02x | pipe 2 x data 2 x tensor 1, 8 of 4, int8, sync |" in table
+    assert "| 2 hosts x 2 devices | 1,682 | 1.02x | compression | 1.65 | 1.50 |" in table
+
+
+def test_the_plot_is_written(tmp_path):
+    hybrid.plot(ROWS, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_what_is_switched_off_is_what_the_plan_uses():
+    spec = SimpleNamespace(hosts=[SimpleNamespace(speeds=(0.4, 0.4))] * 2)
+    # its replicas share a host: nothing is summed across
+    assert set(hybrid.without(PLAN, spec)) == {"compression", "overlap", "measured cut", "grid", "fused AdamW"}
+    late = {**PLAN, "recsys.pipe": 1, "recsys.data": 4, "recsys.data_parallel.mode": "delayed"}
+    assert set(hybrid.without(late, spec)) == {"compression", "delay", "sums within hosts", "fused AdamW"}
+    plain = {
+        **PLAN,
+        "recsys.pipe": 1,
+        "recsys.data": 4,
+        "recsys.compression.method": "none",
+        "optimizer.params.fused": False,
+    }
+    assert hybrid.without(plain, spec) == {}
+    whole = hybrid.without(PLAN, spec)["grid"]
+    assert whole["recsys.data"] == 4 and whole["train_micro_batch_size_per_gpu"] == 16
+
+
+def test_a_part_shows_what_was_kept_of_the_others_and_only_whole_cells(tmp_path):
+    cells = [{**row, "preset": "p"} for row in ROWS[1:4]]
+    whole = {"kind": "whole", "topology": "2x2", "items": 1682, "ratio": 1.02, "preset": "p"}
+    broken = [_step("ideal", 1.0, items=100_000)]
+    scaled = [{"kind": "scaling", "growth": "weak", "devices": 2, "batch": 32, "mode": "whole"}]
+    trained = [{"kind": "quality", "mode": "sync", "method": "none", "seed": 0, "ranks": 4, "epochs": 2, "ndcg": 0.1}]
+    file = tmp_path / "hybrid.json"
+    file.write_text(json.dumps({"benchmark": "hybrid", "rows": [*cells, whole, *broken, *scaled, *trained]}))
+    options = SimpleNamespace(
+        resume=file, quick=False, part=["quality"], topologies=["2x2"], items=[1682], presets=["p"], seeds=[0], epochs=2
+    )
+    assert list(hybrid.measure(options)) == [*cells, whole, *scaled, *trained]
+
+
+@whole_grid
+@pytest.mark.skipif(obstacle is not None, reason=f"a simulated cluster needs {obstacle}")
+def test_a_smoke_run_compares_what_the_rule_chose(tmp_path):
+    result = quick_run("hybrid", tmp_path / "hybrid.json")
+    (plan,) = [row for row in result["rows"] if row["kind"] == "plan"]
+    assert plan["reason"].startswith("parallel auto: pipe")
+    values = plan["values"]
+    assert values["recsys.pipe"] * values["recsys.data"] * values["recsys.tensor"] == 4
+    modes = {row["mode"] for row in result["rows"] if row["kind"] == "step"}
+    assert {"ideal", "data, DDP", "pipeline", "ours"} <= modes
+    assert modes - {"ideal", "data, DDP", "pipeline", "ours"} == set(plan["micro_batches"]) - {"ours"}
+    assert result["figures"]["min_share_of_ideal"] > 0
+    assert hybrid_report.table(result["rows"])

@@ -1,0 +1,202 @@
+"""What `"parallel": "auto"` predicts and chooses, from facts that are written down here."""
+
+from dataclasses import replace
+
+import pytest
+
+from ds_recsys import UserError
+from ds_recsys.balance.costs import predict as predict_pipeline
+from ds_recsys.planner.facts import Facts, LayerFacts, Line, SumFacts
+from ds_recsys.planner.plan import Plan, grids, plans
+from ds_recsys.planner.predict import _costs, predict
+from ds_recsys.planner.rule import MUST_GAIN, decide
+
+_PARAMETERS = 1_000_000
+_LAYERS = 8
+
+
+def _layer(seconds: float = 0.01, parameters: int = _PARAMETERS) -> LayerFacts:
+    """A third of the seconds of a window forward, the rest backward."""
+    return LayerFacts(Line(0.0, seconds / 3), Line(0.0, 2 * seconds / 3), 50_000, 200_000, parameters)
+
+
+def _facts(hosts=(0, 0, 1, 1), *, value_seconds=1e-9, processor=0.0, transfer=1e-10, **changes) -> Facts:
+    """Eight equal layers, a twentieth slower on a tensor axis; an int8 sum takes a quarter of fp32's, int4's an eighth."""
+    world, layers = len(hosts), {}
+    for tensor in (1, 2, 4):
+        layers[tensor] = tuple(_layer(0.01 if tensor == 1 else 0.0105 / tensor) for _ in range(_LAYERS))
+    sums = {
+        "none": SumFacts(value_seconds),
+        "int8": SumFacts(value_seconds / 4, processor),
+        "int4": SumFacts(value_seconds / 8, processor),
+    }
+    grid_sums = {(data, tensor): sums for _, data, tensor in grids(hosts, {}) if data > 1}
+    values = {
+        "slowdowns": (1.0,) * world,
+        "layers": layers,
+        "sums": grid_sums,
+        "transfers": {stride: Line(0.0, transfer) for stride in range(1, world)},
+        **changes,
+    }
+    return Facts(hosts, **values)
+
+
+def _chosen(facts: Facts, batch: int = 64, **fixed) -> Plan:
+    return decide(facts, plans(facts.hosts, batch, 64, fixed)).plan
+
+
+def test_a_line_goes_through_its_points():
+    line = Line.through((4, 1.0), (16, 2.5))
+    assert line(4) == pytest.approx(1.0) and line(16) == pytest.approx(2.5)
+    assert Line.through((8, 2.0))(16) == pytest.approx(4.0)
+    noisy = Line.through((4, 1.0), (16, 0.9))  # less work never takes longer
+    assert noisy.each == 0.0 and noisy(16) == pytest.approx(1.0)
+    steep = Line.through((4, 1.0), (16, 8.0))
+    assert steep.fixed == 0.0 and steep(16) == pytest.approx(8.0)
+
+
+def test_grids_fill_the_ranks_and_keep_tensor_axes_within_a_host():
+    found = set(grids((0, 0, 1, 1), {}))
+    assert found == {(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)}
+    assert set(grids((0, 0, 1, 1), {"pipe": 2})) == {(2, 2, 1), (2, 1, 2)}
+    assert {tensor for _, _, tensor in grids((0, 1, 2, 3), {})} == {1}
+    assert {tensor for _, _, tensor in grids((0, 0, 0, 1, 1, 1), {})} == {1, 3}
+
+
+def test_plans_cut_the_whole_batch():
+    found = list(plans((0, 0, 1, 1), 64, 16, {}))
+    assert {(plan.pipe, plan.data, plan.tensor) for plan in found} == set(grids((0, 0, 1, 1), {}))
+    for plan in found:
+        assert plan.micro_batch * plan.micro_batches * plan.data == 64 and plan.micro_batch <= 16
+        assert plan.data > 1 or (plan.method, plan.mode) == ("none", "sync")
+    assert {plan.micro_batch for plan in plans((0,), 64, 16, {"micro_batch": 32})} == {32}
+    assert not list(plans((0, 1), 3, 16, {"data": 2}))
+
+
+@pytest.mark.parametrize(
+    "method, mode, covered",
+    [("none", "sync", 0.0), ("int8", "sync", 16 * 0.08 * 2 / 3), ("none", "delayed", 1.28), ("int8", "delayed", 1.28)],
+)
+def test_a_sum_costs_what_compute_does_not_cover(method, mode, covered):
+    facts = _facts(value_seconds=4e-7, optimizer=1e-8)
+    forecast = predict(facts, Plan(1, 4, 1, 16, 1, method, mode))
+    total = _LAYERS * _PARAMETERS * facts.sums[4, 1][method].seconds
+    assert forecast.compute == pytest.approx(1.28)
+    assert forecast.communication == pytest.approx(total)
+    assert forecast.gradients == pytest.approx(max(0.0, total - covered))
+    assert forecast.optimizer == pytest.approx(1e-8 * _LAYERS * _PARAMETERS)
+    assert forecast.seconds == pytest.approx(1.28 + forecast.gradients + forecast.optimizer)
+
+
+def test_encoding_is_never_covered():
+    facts = _facts(value_seconds=4e-8, processor=5e-9)
+    forecast = predict(facts, Plan(1, 4, 1, 16, 1, "int8", "delayed"))
+    assert forecast.gradients == pytest.approx(5e-9 * _LAYERS * _PARAMETERS)
+
+
+def test_zero_shares_the_optimizer_and_gathers_fp32():
+    facts = _facts(value_seconds=4e-8, optimizer=1e-8)
+    forecast = predict(facts, Plan(1, 4, 1, 16, 1, "int8"), zero_stage=1)
+    assert forecast.optimizer == pytest.approx(1e-8 * _LAYERS * _PARAMETERS / 4)
+    assert forecast.gradients == pytest.approx((1e-8 + 4e-8) / 2 * _LAYERS * _PARAMETERS)
+
+
+def test_stages_are_those_of_the_partitioner():
+    facts = _facts(layers={1: (_layer(0.04), *(_layer(0.01) for _ in range(5)))}, tied=0)
+    plan = Plan(2, 2, 1, 4, 8)
+    forecast = predict(facts, plan)
+    assert forecast.plan.bounds == (0, 2, 6)  # 0.05 and 0.04
+    step = predict_pipeline(_costs(facts, plan, 0), forecast.plan.bounds, 8).step_seconds
+    assert forecast.seconds == pytest.approx(step, rel=0.05)
+    assert forecast.pipeline == pytest.approx(forecast.seconds - 8 * 4 * 0.05 - forecast.gradients)
+
+
+def test_a_tied_table_is_summed_between_the_ends():
+    plan = Plan(2, 2, 1, 4, 8)
+    one, tied = predict(_facts(transfer=1e-9), plan), predict(_facts(transfer=1e-9, tied=10**7), plan)
+    assert tied.seconds - one.seconds == pytest.approx(4e7 * 1e-9)
+
+
+def test_rows_do_not_travel_as_a_table():
+    plan, late = Plan(1, 4, 1, 16, 1), Plan(1, 4, 1, 16, 1, "none", "delayed")
+    facts = _facts(value_seconds=4e-8, sparse=_LAYERS * _PARAMETERS)
+    assert predict(facts, plan).communication == 0.0
+    assert predict(facts, late).communication > 0.0  # "delayed" makes them dense
+
+
+def test_fast_links_need_no_compression():
+    plan = _chosen(_facts())
+    assert (plan.data, plan.method, plan.mode, plan.micro_batches) == (4, "none", "sync", 1)
+
+
+def test_slow_links_are_answered_by_what_changes_training_least():
+    """As sums grow against compute, and no grid without replicas is allowed."""
+    answers = [
+        _chosen(_facts((0, 1, 2, 3), value_seconds=seconds), data=4) for seconds in (1e-9, 1e-7, 6e-7, 2e-6, 5e-6)
+    ]
+    ways = [(plan.method, plan.mode) for plan in answers]
+    assert ways == [("none", "sync"), ("int8", "sync"), ("int8", "delayed"), ("int4", "delayed"), ("int4", "delayed")]
+
+
+def test_a_later_way_must_be_a_twentieth_faster():
+    facts = _facts((0, 1, 2, 3), value_seconds=7e-9)  # fp32 adds 0.056 s to 1.28 s: 4 %
+    assert _chosen(facts, data=4).method == "none"
+    more = _facts((0, 1, 2, 3), value_seconds=1.1e-8)
+    assert 1.28 / (1.28 + 0.088) < MUST_GAIN
+    assert _chosen(more, data=4).method == "int8"
+
+
+def test_with_links_that_slow_a_pipeline_wins_where_nothing_may_be_changed():
+    facts = _facts((0, 1, 2, 3), value_seconds=5e-6)
+    plan = decide(facts, plans(facts.hosts, 64, 64, {}, ["none"], ["sync"])).plan
+    assert (plan.pipe, plan.data) == (4, 1)
+    assert plan.micro_batches > 4  # so that stages are busy
+
+
+def test_a_model_that_does_not_fit_is_cut():
+    facts = _facts(memory_limit=_LAYERS * _PARAMETERS * 16 // 2)
+    decision = decide(facts, plans(facts.hosts, 64, 64, {}))
+    assert decision.plan.pipe * decision.plan.tensor > 1
+    assert "memory" in decision.refused[1, 4, 1]
+    with pytest.raises(UserError, match="no way to train on 4 ranks.*memory"):
+        decide(_facts(memory_limit=1000), plans(facts.hosts, 64, 64, {}))
+
+
+def test_a_slow_host_gets_fewer_layers():
+    facts = _facts((0, 0, 1, 1), slowdowns=(1.0, 1.0, 3.0, 3.0))
+    plan = _chosen(facts)
+    assert plan.pipe > 1
+    forecast = predict(facts, Plan(2, 2, 1, 4, 8))
+    assert forecast.plan.bounds == (0, 6, 8)
+    assert "3.0 times as slow" in decide(facts, [forecast.plan]).describe(facts)
+
+
+def test_a_heavy_head_is_shared_by_the_ranks_of_a_host():
+    """Its sum over the data axis and its optimizer's step are what tensor ranks halve."""
+    head = _layer(0.05, 50 * _PARAMETERS)
+    layers = {t: (*(_layer(0.01 / t) for _ in range(7)), replace(head, forward=Line(0, 0.05 / t))) for t in (1, 2)}
+    facts = _facts(layers=layers, value_seconds=1e-8, optimizer=2e-8)
+    assert _chosen(facts).tensor == 2
+
+
+def test_what_is_set_by_hand_stays():
+    facts = _facts(value_seconds=2e-7)
+    assert _chosen(facts, pipe=2).pipe == 2
+    assert _chosen(facts, pipe=1, data=2).tensor == 2
+    decision = decide(facts, plans(facts.hosts, 64, 64, {}, ["int8"], ["sync"]))
+    assert {way for way in decision.ways if way[0] != "none"} == {("int8", "sync")}
+
+
+def test_the_reason_names_what_decided():
+    facts = _facts((0, 1, 2, 3), value_seconds=6e-7)
+    decision = decide(facts, plans(facts.hosts, 64, 64, {"micro_batches": 1}))
+    text = decision.describe(facts)
+    assert str(decision.plan) in text and "4 ranks on 4 hosts" in text
+    for way in ("fp32", "int8", "int8 delayed"):
+        assert f"{way} {decision.ways[_way(way)].seconds:.3g} s" in text
+    assert "pipe 4 x data 1 x tensor 1" in text
+
+
+def _way(text: str) -> tuple[str, str]:
+    method, _, mode = text.partition(" ")
+    return ("none" if method == "fp32" else method), mode or "sync"
