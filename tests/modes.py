@@ -75,6 +75,13 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def clipped(gradients: dict[str, torch.Tensor], norm: float | None) -> dict[str, torch.Tensor]:
+    """By their norm together."""
+    found = torch.cat([gradient.view(-1) for gradient in gradients.values()]).norm()
+    factor = 1.0 if norm is None else min(1.0, norm / found.item())
+    return {name: factor * gradient for name, gradient in gradients.items()}
+
+
 class Reference:
     """Replicas in one process: models that begin alike, and an inner optimizer each."""
 
@@ -102,10 +109,7 @@ class Reference:
     def local_step(self, step: int, clip: float | None = None) -> None:
         """Each replica on its own, by the norm of its own gradients."""
         for replica in range(len(self.models)):
-            gradients = self.gradients(replica, step)
-            norm = torch.cat([gradient.view(-1) for gradient in gradients.values()]).norm()
-            factor = 1.0 if clip is None else min(1.0, clip / norm.item())
-            self.step(replica, {name: factor * gradient for name, gradient in gradients.items()})
+            self.step(replica, clipped(self.gradients(replica, step), clip))
 
     def dense_step(self, step: int) -> None:
         """Averaged gradients."""

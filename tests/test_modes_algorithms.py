@@ -1,9 +1,11 @@
 """Each mode against the algorithm of its paper in one process: 20 steps, fp32, weights within 1e-6."""
 
+import copy
+
 import pytest
 import torch
 from distributed import run_on_grid
-from modes import ADAM, SGD, Reference, config, engine, farthest, mean, same, train, weights
+from modes import ADAM, SGD, Reference, clipped, config, engine, farthest, mean, same, train, weights
 
 from ds_recsys.comm.modes import fragments
 
@@ -50,6 +52,37 @@ def test_delayed(correction):
     expected = _delayed(SGD, correction)
     assert not correction or farthest(expected.weights(), _delayed(SGD, 0.0).weights()) > 1e-4
     _check(expected, "delayed", SGD, {"delay_correction": correction})
+
+
+def _looking_ahead(optimizer, clip=None):
+    """The same, and g(t) of each replica at opt(w(t), its own g(t-1)), a step that is taken back."""
+    reference, average, own = Reference(1, optimizer), None, None
+    for step in [*range(STEPS), None]:
+        fresh = []
+        for replica in range(REPLICAS):
+            ahead = copy.deepcopy(reference)
+            if own:
+                ahead.step(0, clipped(own[replica], clip))
+            fresh.append(None if step is None else ahead.gradients(replica, step, model=0))
+        if average is not None:
+            reference.step(0, clipped(average, clip))
+        average, own = step is not None and mean(fresh), fresh
+    reference.models *= REPLICAS
+    return reference
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["SGD", "AdamW"])
+def test_delayed_that_looks_ahead(optimizer):
+    expected = _looking_ahead(optimizer)
+    assert farthest(expected.weights(), _delayed(optimizer, 0.0).weights()) > 1e-3
+    _check(expected, "delayed", optimizer, {"look_ahead": True})
+
+
+def test_looking_ahead_clips_the_own_gradient():
+    expected, free = _looking_ahead(SGD, clip=0.5), _looking_ahead(SGD)
+    found = run_on_grid(_trained, REPLICAS, mode="delayed", optimizer=SGD, options={"look_ahead": True}, clip=0.5)
+    for trained, _ in found:
+        assert farthest(trained, expected.weights()) < 1e-5 < farthest(trained, free.weights())
 
 
 # ---- local SGD

@@ -9,6 +9,11 @@ from ds_recsys.config.data_parallel import DataParallel
 _BLOCKS = {
     "every of sync": ({"every": 4}, ('"every"', "local_sgd", '"sync"')),
     "dense_until of delayed": ({"mode": "delayed", "dense_until": 4}, ('"dense_until"', '"delayed"')),
+    "ahead of diloco": ({"mode": "diloco", "look_ahead": True}, ('"look_ahead"', "delayed")),
+    "ahead and correction": (
+        {"mode": "delayed", "look_ahead": True, "delay_correction": 0.1},
+        ('"look_ahead"', '"delay_correction"'),
+    ),
     "correction of diloco": ({"mode": "diloco", "delay_correction": 0.1}, ('"delay_correction"', "delayed")),
     "outer of local_sgd": ({"mode": "local_sgd", "outer_lr": 0.5}, ('"outer_lr"', "diloco")),
     "momentum of local_sgd": ({"mode": "local_sgd", "outer_momentum": 0.5}, ('"outer_momentum"', "diloco")),
@@ -60,6 +65,8 @@ def test_what_no_mode_can_do_is_one_line(mode, recsys, deepspeed, words):
 def test_bf16_is_for_modes_with_equal_replicas(mode):
     refused(_config(mode, bf16={"enabled": True}), f'"{mode}"', '"bf16.enabled"', "fp32")
     _config("delayed", bf16={"enabled": True})()
+    ahead = {"data_parallel": {"mode": "delayed", "look_ahead": True}}
+    refused(_config("delayed", ahead, bf16={"enabled": True}), '"look_ahead"', '"bf16.enabled"', "fp32")
 
 
 def test_row_gradients_become_dense_by_themselves():

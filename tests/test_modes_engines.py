@@ -13,6 +13,7 @@ from ds_recsys import UserError
 
 MODES = {
     "delayed": {"delay_correction": 1.0},
+    "ahead": {"look_ahead": True},
     "local_sgd": {"every": 4, "dense_until": 2},
     "diloco": {"every": 4},
     "streaming": {"every": 4, "fragments": 3, "overlap_steps": 2, "mixing": 0.3},
@@ -25,7 +26,7 @@ SCHEDULE = {
 
 def _make(mode, values=None, method="none"):
     compression = {} if method == "none" else {"method": method, "min_elements": 1, **METHODS[method]}
-    return engine("diloco" if mode == "streaming" else mode, values, compression, **MODES[mode])
+    return engine({"streaming": "diloco", "ahead": "delayed"}.get(mode, mode), values, compression, **MODES[mode])
 
 
 METHODS = {"int8": {}, "topk": {"ratio": 0.2}, "powersgd": {"rank": 2}}
@@ -201,7 +202,7 @@ def test_another_number_of_replicas_begins_from_the_common_weights(tmp_path, mod
     found = run_on_grid(_load, 2, folder=tmp_path, mode=mode)
     for loaded, now, later in found:
         assert same(loaded, shown) and same(later, found[0][2]) and not same(later, loaded)
-        if mode == "delayed":  # the gradient that was under way is not lost
+        if mode in ("delayed", "ahead"):  # the gradient that was under way is not lost
             assert farthest(now, flushed) < 1e-6
 
 
@@ -257,7 +258,7 @@ def _evaluated(mode):
         with made.data_parallel.evaluation():
             assert same(weights(made), shown)
     after = weights(made)
-    if mode == "delayed":
+    if mode in ("delayed", "ahead"):
         assert same(shown, after) and not same(shown, own), "what was under way has been applied"
     else:
         assert same(after, own) and not same(shown, own)

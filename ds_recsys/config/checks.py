@@ -110,6 +110,11 @@ def _check_data_parallel(deepspeed: Mapping[str, Any], recsys: Recsys, source: s
                 f'{what} does not work with "{name}.enabled" true, whose optimizer shards its fp32 weights over the '
                 "replicas; train in fp32"
             )
+        if _enabled(deepspeed.get(name)) and recsys.data_parallel.look_ahead:
+            raise UserError(
+                f'{what} with "look_ahead" takes a step back, which the rounded weights of "{name}.enabled" true do not; train '
+                "in fp32 or leave it out"
+            )
     if deepspeed.get("communication_data_type"):
         raise UserError(
             f'{what} sends what "recsys.compression" says, not "communication_data_type" '

@@ -29,6 +29,12 @@ class DataParallel(Block):
         description="delayed: correct a late gradient g by this times g x g x (the change of the weights since), as in "
         "DC-ASGD; 0 does not.",
     )
+    look_ahead: bool = Field(
+        False,
+        description="delayed: compute a step's gradients at the weights that the replica's own part of the average under way "
+        "leads to, which undoes most of what a late average costs; it takes a second optimizer step and four copies of the "
+        "weights.",
+    )
     outer_lr: float = Field(0.7, gt=0, description="diloco: learning rate of the outer optimizer.")
     outer_momentum: float = Field(0.9, ge=0, lt=1, description="diloco: its Nesterov momentum.")
     fragments: Positive = Field(
@@ -62,6 +68,8 @@ class DataParallel(Block):
             changed = getattr(self, option) != type(self).model_fields[option].default
             if changed and self.mode not in modes:
                 raise ValueError(f'"{option}" is for {" and ".join(modes)}, and "mode" is "{self.mode}"')
+        if self.look_ahead and self.delay_correction:
+            raise ValueError('"look_ahead" leaves no delay to correct: use it or "delay_correction"')
         if self.mode == "diloco" and self.overlap_steps >= self.every:
             raise ValueError(
                 f'"overlap_steps" {self.overlap_steps} must be less than "every" {self.every}: a part arrives before it '
@@ -92,6 +100,7 @@ _NEEDS = {
     "every": ("local_sgd", "diloco"),
     "dense_until": ("local_sgd", "diloco"),
     "delay_correction": ("delayed",),
+    "look_ahead": ("delayed",),
     "outer_lr": ("diloco",),
     "outer_momentum": ("diloco",),
     "fragments": ("diloco",),

@@ -118,6 +118,7 @@ class _Open:
         by_hand = "method" in compression.model_fields_set and compression.method != "auto"
         self.methods = [compression.method] if by_hand else list(METHODS)
         self.modes = [mode.mode] if "mode" in mode.model_fields_set else list(MODES)
+        self.look_ahead = mode.look_ahead or "mode" not in mode.model_fields_set
         given = deepspeed.get("optimizer") or {}
         self.adam = given.get("type", "").lower() in ("adam", "adamw")
         self.adam = self.adam and not given.get("params", {}).keys() & {"fused", "foreach", "amsgrad"}
@@ -131,7 +132,7 @@ class _Open:
         return fixed or max(d for d in divisors(self.batch) if d == 1 or d * length <= _TOKENS)
 
     def plans(self, hosts) -> list[Plan]:
-        return list(plans(hosts, self.batch, self.largest, self.fixed, self.methods, self.modes))
+        return list(plans(hosts, self.batch, self.largest, self.fixed, self.methods, self.modes, self.look_ahead))
 
     def compression(self, method: str) -> Compression:
         """The block with this method: its other keys as they were given."""

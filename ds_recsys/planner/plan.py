@@ -16,6 +16,7 @@ class Plan:
         micro_batch: windows.
         micro_batches: of a replica in a step.
         method, mode: of the blocks "compression" and "data_parallel".
+        look_ahead: of "delayed".
         bounds: of the stages; empty for one stage, or before they are known.
     """
 
@@ -26,6 +27,7 @@ class Plan:
     micro_batches: int
     method: str = "none"
     mode: str = "sync"
+    look_ahead: bool = False
     bounds: tuple[int, ...] = field(default=(), compare=False)
 
     def values(self) -> dict[str, Any]:
@@ -36,6 +38,7 @@ class Plan:
             "recsys.tensor": self.tensor,
             "recsys.compression.method": self.method,
             "recsys.data_parallel.mode": self.mode,
+            **({"recsys.data_parallel.look_ahead": True} if self.look_ahead else {}),
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.micro_batches,
         }
@@ -44,7 +47,9 @@ class Plan:
         words = [f"pipe {self.pipe} x data {self.data} x tensor {self.tensor}"]
         words.append(f"{self.micro_batches} micro-batches of {self.micro_batch}")
         if self.data > 1:
-            words.append(f"{'fp32' if self.method == 'none' else self.method} gradients, {self.mode}")
+            words.append(
+                f"{'fp32' if self.method == 'none' else self.method} gradients, {self.mode}{' looking ahead' * self.look_ahead}"
+            )
         return ", ".join(words)
 
 
@@ -77,10 +82,12 @@ def plans(
     fixed: dict[str, int],
     methods: Sequence[str] = METHODS,
     modes: Sequence[str] = MODES,
+    look_ahead: bool = True,
 ) -> Iterator[Plan]:
     """All plans for a global batch of `batch` windows in micro-batches of `largest` at most.
 
     `fixed` may also give "micro_batch" and "micro_batches". With one replica there is nothing to compress or to delay.
+    `look_ahead` is what "delayed" does.
     """
     for pipe, data, tensor in grids(hosts, fixed):
         if batch % data:
@@ -94,4 +101,5 @@ def plans(
                 continue
             for method in methods if data > 1 else ["none"]:
                 for mode in modes if data > 1 else ["sync"]:
-                    yield Plan(pipe, data, tensor, micro_batch, micro_batches, method, mode)
+                    ahead = look_ahead and mode == "delayed"
+                    yield Plan(pipe, data, tensor, micro_batch, micro_batches, method, mode, ahead)

@@ -17,6 +17,7 @@ from ds_recsys.planner.plan import Plan
 
 _FP32 = 4
 _STATE = 2 * _FP32  # of Adam, of error feedback, and of what mode "delayed" keeps: bytes per parameter
+_AHEAD = 1.5  # optimizer steps that looking ahead takes: one, and copies of what it takes back
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
     layers = facts.layers[plan.tensor]
     if plan.pipe == 1:  # which holds the tied table once
         layers = (*layers[:-1], replace(layers[-1], parameters=layers[-1].parameters - facts.tied))
-    extra = _STATE * (1 + (plan.method != "none") + (plan.mode == "delayed"))
+    extra = _STATE * (1 + (plan.method != "none") + (plan.mode == "delayed") + 2 * plan.look_ahead)
     shards = plan.data if zero_stage else 1
     seconds = _sum(facts, plan, zero_stage)[0] if plan.data > 1 else 0.0
     ranks = plan.data * plan.tensor
@@ -111,7 +112,7 @@ def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
                 slowdown=max(facts.slowdowns[rank] for rank in inside),
                 memory_limit=facts.memory_limit,
                 reduction=seconds / _FP32,
-                optimizer=facts.optimizer / _FP32 / shards,
+                optimizer=(1 + _AHEAD * plan.look_ahead) * facts.optimizer / _FP32 / shards,
             )
             for inside in of_stage
         ],

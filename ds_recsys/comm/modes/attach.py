@@ -57,6 +57,8 @@ def _refuse(engine, options: DataParallel, compression: Compression) -> None:
         f"the shards of ZeRO-{stage} assume that replicas are equal; use stage 0": stage and not sharded,
         "bf16 keeps fp32 weights beside the model's, in shards or whole; train in fp32": engine.bfloat16_enabled()
         and options.local,
+        '"look_ahead" takes a step back, which the rounded weights of bf16 do not; train in fp32': sharded
+        and options.look_ahead,
         "fp16's loss scale changes; train in fp32": engine.fp16_enabled(),
         "a gradient scaler changes its scale; switch torch_autocast's fp16 off": engine.torch_autocast_z0_gradscaler
         is not None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ds_recsys import compat
 from ds_recsys.comm.modes.base import Mode
+from ds_recsys.comm.modes.look_ahead import LookAhead
 from ds_recsys.comm.modes.travel import Courier, Travelling
 
 
@@ -18,6 +19,10 @@ class Delayed(Mode):
     The first step only sends; `flush` applies what is under way as one more optimizer step, so N batches make N steps. The
     correction of a delay (DC-ASGD, https://arxiv.org/abs/1609.08326, equation 5, with the average gradient in place of a
     worker's) is g + correction x g x g x (weights now - weights that g was computed at).
+
+    With `look_ahead` a replica computes its next gradient not at the weights that lack the average under way, but at those
+    that the optimizer's step with its own gradient, the part of it that it has, leads to. Then it goes back, so that replicas
+    stay equal, and takes the step with the average. As eager updates do in DiLoCo (https://arxiv.org/abs/2502.12996).
 
     What else DeepSpeed averages over the replicas in a step, the loss and the norm that clips gradients, would queue on the
     links behind the gradients under way, and the step would wait for them after all: the loss is averaged before they leave,
@@ -37,18 +42,24 @@ class Delayed(Mode):
         self._weights_then: Tensor | None = None  # that the gradients under way were computed at
         self._spare: Tensor | None = None
         self._loss: Tensor | None = None  # the sum over the replicas, on the last stage
+        self._ahead = LookAhead(engine.optimizer, self.parameters) if options.look_ahead else None
+        self._own: Tensor | None = None  # this replica's part of what is under way
+        self._looking = False  # the step that is being taken is taken back
         self.seconds_waited = 0.0
 
     def reduce_gradients(self, method: Callable, grads=None, **options) -> None:
         if grads is not None:
             return method(grads=grads, **options)
         own, self._spare = self._read(), None
+        self._back()
         self._first = not self._wait()
         self._skips = self._first or not self._finite
         self._apply()
         if self.options.delay_correction:
             self._weights_then = self.parameters.read(self._weights_then)
         self._send_loss()
+        if self._ahead:
+            self._own = own.clone() if self._own is None else self._own.copy_(own)
         self._travelling = self._courier.send(self._reducer, own, self.parameters)
         return None
 
@@ -104,7 +115,34 @@ class Delayed(Mode):
             gradient.copy_(view.view_as(gradient))
         self._spare = average
 
+    def _look_ahead(self) -> None:
+        """Collective over the replica; a gradient that is not finite leads nowhere."""
+        if not self.agreed(bool(self._own.sum().isfinite())):
+            return
+        self._looking = True
+        try:
+            self._ahead.go(self._own, self._step)
+        finally:
+            self._looking = False
+        self.apart = True
+
+    def _step(self) -> None:
+        if self.engine.gradient_clipping() > 0.0:
+            self.engine.clip_fp32_gradients()
+        self.engine.optimizer.step()
+
+    def _back(self) -> None:
+        """To the weights that all replicas have in common."""
+        if self.apart:
+            self._ahead.back()
+            self.apart = False
+
+    def consensus_weights(self) -> Tensor | None:
+        return self._ahead.weights if self._ahead else None
+
     def optimizer_step(self, method: Callable, *args, **kwargs):
+        if self._looking:
+            return method(*args, **kwargs)
         if self._skips:
             self.skip()
             return None
@@ -115,9 +153,12 @@ class Delayed(Mode):
     def after_step(self) -> None:
         if self._first:
             self.engine.skipped_steps -= 1  # nothing was lost: its gradients are under way
+        if self._ahead:
+            self._look_ahead()
 
     def flush(self) -> None:
         """Apply what is under way, as an optimizer step that counts as no batch. Collective."""
+        self._back()
         if self._wait():
             self._skips = not self._finite
             self._apply()
@@ -134,17 +175,23 @@ class Delayed(Mode):
             shared |= {"average": self.parameters.as_dict(self._average), "finite": self._finite}
             if self._weights_then is not None:
                 shared["weights_then"] = self.parameters.as_dict(self._weights_then)
-        return {"shared": shared, "own": {"reducer": self._reducer.state_dict()}}
+        own = {"reducer": self._reducer.state_dict()}
+        if self.apart:
+            own["gradient"] = self.parameters.as_dict(self._own)
+        return {"shared": shared, "own": own}
 
     def load_state_dict(self, content: dict) -> None:
         shared, own = content.get("shared", {}), content.get("own", {})
-        self._travelling = None
+        self._travelling, self.apart = None, False
         self._average, self._weights_then = (
             self.parameters.from_dict(shared[key]) if key in shared else None for key in ("average", "weights_then")
         )
         self._finite = shared.get("finite", True)
         if "reducer" in own:
             self._reducer.load_state_dict(own["reducer"])
+        if self._ahead and "gradient" in own:
+            self._own = self.parameters.from_dict(own["gradient"])
+            self._look_ahead()
 
     def as_dict(self) -> dict:
         totals = self._reducer.totals
@@ -157,5 +204,6 @@ class Delayed(Mode):
         }
 
     def close(self) -> None:
+        self._back()
         super().close()
         self._courier.close()
