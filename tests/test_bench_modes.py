@@ -122,7 +122,7 @@ def test_steps_count_by_the_share_of_them_that_lies_in_the_window():
 
 def test_arms_and_their_jobs():
     known = groups(list(MODES), list(METHODS))
-    assert [len(group) for group in known] == [4, 4, 5, 4]
+    assert [len(group) for group in known] == [4, 4, 5, 4, 5]
     assert {("sync", "int8"), ("delayed", "int8")} < set(known[2])  # they are compared
     assert all(group[:2] == [(ALONE, "none"), ("sync", "none")] for group in known)
     assert len({arm(*one) for group in known for one in group}) == len(

@@ -94,6 +94,16 @@ def test_encoding_is_never_covered():
     assert forecast.gradients == pytest.approx(5e-9 * _LAYERS * _PARAMETERS)
 
 
+def test_looking_ahead_takes_an_optimizer_step_more_and_is_what_late_averages_do():
+    facts = _facts(optimizer=1e-8)
+    late, ahead = (predict(facts, Plan(1, 4, 1, 16, 1, "int8", "delayed", look)) for look in (False, True))
+    assert ahead.optimizer > 2 * late.optimizer and ahead.compute == late.compute
+    assert ahead.plan.values() == {**late.plan.values(), "recsys.data_parallel.look_ahead": True}
+    found = list(plans((0, 1), 64, 16, {}))
+    assert all(plan.look_ahead == (plan.mode == "delayed") for plan in found)
+    assert not any(plan.look_ahead for plan in plans((0, 1), 64, 16, {}, look_ahead=False))
+
+
 def test_zero_shares_the_optimizer_and_gathers_fp32():
     facts = _facts(value_seconds=4e-8, optimizer=1e-8)
     forecast = predict(facts, Plan(1, 4, 1, 16, 1, "int8"), zero_stage=1)

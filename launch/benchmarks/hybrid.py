@@ -17,6 +17,7 @@ from benchmarks.baselines_report import IDEAL
 from benchmarks.harness import ROOT, load
 from benchmarks.hybrid_report import OURS, WITHOUT, figures, plot, table
 from benchmarks.hybrid_scaling import DEVICES, scaling
+from benchmarks.modes_arms import AHEAD
 from benchmarks.repeats import interleaved
 
 __all__ = ["HELP", "arguments", "figures", "measure", "plot", "table"]
@@ -48,7 +49,7 @@ def measure(options) -> Iterator[dict]:
     ways = {}
     for row in _clusters(options):
         if row["kind"] == "plan" and row["values"]["recsys.data"] > 1:
-            ways[row["values"]["recsys.data_parallel.mode"], row["values"]["recsys.compression.method"]] = None
+            ways[_mode(row["values"]), row["values"]["recsys.compression.method"]] = None
         yield row
     if options.quick:
         return
@@ -169,7 +170,7 @@ def without(values: dict, spec) -> dict[str, dict]:
     if compressed:
         found["compression"] = {"recsys.compression.method": "none"}
     if values["recsys.data_parallel.mode"] != "sync":
-        found["delay"] = {"recsys.data_parallel.mode": "sync"}
+        found["delay"] = {"recsys.data_parallel.mode": "sync", "recsys.data_parallel.look_ahead": False}
     elif compressed:
         found["overlap"] = {"recsys.compression.overlap": False}
     if compressed and replicas * values["recsys.tensor"] > max(len(host.speeds) for host in spec.hosts):
@@ -192,6 +193,11 @@ def without(values: dict, spec) -> dict[str, dict]:
             "gradient_accumulation_steps": 1,
         }
     return found
+
+
+def _mode(values: dict) -> str:
+    """As bench.py modes names it."""
+    return AHEAD if values.get("recsys.data_parallel.look_ahead") else values["recsys.data_parallel.mode"]
 
 
 def _micro_batches(values: dict) -> int:

@@ -188,6 +188,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def _said(values: dict) -> str:
     pipe, data, tensor = (values[f"recsys.{axis}"] for axis in ("pipe", "data", "tensor"))
     method, mode = values["recsys.compression.method"], values["recsys.data_parallel.mode"]
+    mode += " looking ahead" if values.get("recsys.data_parallel.look_ahead") else ""
     count, size = values["gradient_accumulation_steps"], values["train_micro_batch_size_per_gpu"]
     words = f"pipe {pipe} x data {data} x tensor {tensor}, {count} of {size}"
     return words + (f", {'fp32' if method == 'none' else method}, {mode}" if data > 1 else "")

@@ -5,8 +5,8 @@ from pathlib import Path
 from benchmarks import compression_training
 from benchmarks.compression_methods import DENSE
 
-SYNC, ALONE = "sync", "alone"
-MODES = (SYNC, "delayed", "local_sgd", "diloco", "async")
+SYNC, ALONE, AHEAD = "sync", "alone", "ahead"
+MODES = (SYNC, "delayed", AHEAD, "local_sgd", "diloco", "async")
 METHODS = ("none", "int8")
 _LOCAL = ("local_sgd", "diloco")
 _NEVER = 1_000_000  # steps: longer than any run here
@@ -16,6 +16,7 @@ BATCH, _LEARNING_RATE = 64, 2e-3
 _TITLES = {
     ALONE: "each replica alone",
     "delayed": "delayed",
+    AHEAD: "delayed, looking ahead",
     "local_sgd": "local SGD",
     "diloco": "DiLoCo",
     "async": "async",
@@ -46,7 +47,9 @@ def settings(
         found |= {"train_batch_size": batch, "train_micro_batch_size_per_gpu": batch // ranks}
         found["optimizer.params.lr"] = _LEARNING_RATE
     if mode != SYNC:
-        found["recsys.data_parallel.mode"] = "local_sgd" if mode == ALONE else mode
+        found["recsys.data_parallel.mode"] = {ALONE: "local_sgd", AHEAD: "delayed"}.get(mode, mode)
+    if mode == AHEAD:
+        found["recsys.data_parallel.look_ahead"] = True
     if mode in (ALONE, *_LOCAL):
         found["recsys.data_parallel.every"] = _NEVER if mode == ALONE else every
     return found
@@ -60,12 +63,17 @@ def margin(mode: str, every: int) -> int | None:
 def groups(modes: list[str], methods: list[str]) -> list[list[tuple[str, str]]]:
     """(mode, method) of the jobs that are up at once: more than five take the memory from each other, and a step's time grows.
 
-    Each group has what the others are compared with: replicas alone, and dense synchronous training.
+    Each group has what the others are compared with: replicas alone, and dense synchronous training. Looking ahead, dense and
+    compressed, has a group of its own.
     """
     references = [(ALONE, "none"), (SYNC, "none")]
     found = []
+    others = [mode for mode in modes if mode != AHEAD]
     for method in methods:
-        arms = [(mode, method) for mode in modes if (mode, method) not in references]
+        arms = [(mode, method) for mode in others if (mode, method) not in references]
         size = -(-len(arms) // -(-len(arms) // _TOGETHER)) if arms else 1
         found += [[*references, *arms[start : start + size]] for start in range(0, len(arms), size)]
+    if AHEAD in modes:
+        arms = [(mode, method) for method in methods for mode in (SYNC, AHEAD) if (mode, method) not in references]
+        found.append([*references, *arms])
     return found

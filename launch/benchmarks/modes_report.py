@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 
 from benchmarks.harness import markdown
-from benchmarks.modes_arms import ALONE, METHODS, MODES, SYNC, arm, title
+from benchmarks.modes_arms import AHEAD, ALONE, METHODS, MODES, SYNC, arm, title
 from benchmarks.modes_speed import CELLS, EVEN, HALF, STOP
 from benchmarks.repeats import groups, median
 
@@ -22,7 +22,8 @@ def figures(rows: list[dict]) -> dict:
     trained, found = by_seed(rows), {}
     for method in METHODS:
         suffix = "" if method == "none" else f"_{method}"
-        found[f"delayed_hidden{suffix}"] = hidden(rows, method)
+        found[f"delayed_hidden{suffix}"] = hidden(rows, "delayed", method)
+        found[f"delayed_hidden_{AHEAD}{suffix}"] = hidden(rows, AHEAD, method)
         found[f"diloco_speedup_4x{suffix}"] = speed_ratio(rows, "diloco", method, 4)
         found[f"diloco_ndcg_ratio{suffix}"] = _mean(_paired(trained, ("diloco", method), "ndcg"))
         found[f"async_share_of_ideal{suffix}"] = share_of_ideal(rows, "async", method, HALF)
@@ -49,12 +50,12 @@ def table(rows: list[dict]) -> str:
     return "\n\n".join(text for text in (_caption(rows), markdown(header, lines) + _notes(rows)) if text)
 
 
-def hidden(rows: list[dict], method: str = "none") -> float | None:
+def hidden(rows: list[dict], mode: str, method: str = "none") -> float | None:
     """See `figures`: the median over the rounds."""
     times = _by_round(rows, "step_seconds")
     shares = []
     for (group, repeat, *cell), delayed in times.items():
-        if cell != ["delayed", method, 1, EVEN]:
+        if cell != [mode, method, 1, EVEN]:
             continue
         sync = times.get((group, repeat, SYNC, method, 1, EVEN))
         alone = times.get((group, repeat, ALONE, "none", 1, EVEN))
