@@ -112,12 +112,13 @@ def _workload(cluster, arms: Arms, items: int, options) -> Iterator[dict]:
 
 def start(cluster, arms: Arms, items: int, options) -> list[int]:
     """Start every mode, on links without limit, and wait until all are ready; the numbers of micro-batches to compare."""
-    for mode in dict.fromkeys([DDP, *options.modes]):
-        engine, grid, zero = MODES[mode]
-        arms.start(mode, engine, settings(items, grid, zero, options.quick))
     micro_batches = [cluster.spec.world_size, 4 * cluster.spec.world_size]
     set_links(cluster, None)
-    arms.ready(micro_batches)
+    with arms.in_haste():
+        for mode in dict.fromkeys([DDP, *options.modes]):
+            engine, grid, zero = MODES[mode]
+            arms.start(mode, engine, settings(items, grid, zero, options.quick))
+        arms.ready(micro_batches)
     return micro_batches
 
 

@@ -153,12 +153,13 @@ def _start_ours(cluster, arms: Arms, items: int, options) -> dict:
     print(f"\n{plan['reason']}", flush=True)
     values = {**auto, **plan["values"]}
     counts = {OURS: _micro_batches(values)}
-    for name, changes in {} if options.no_ablation else without(plan["values"], cluster.spec).items():
-        changed = {**values, **changes}
-        arms.start(WITHOUT + name, "deepspeed", changed)
-        counts[WITHOUT + name] = _micro_batches(changed)
-    for name, count in counts.items():
-        arms.ready([count], [name])
+    with arms.in_haste():
+        for name, changes in {} if options.no_ablation else without(plan["values"], cluster.spec).items():
+            changed = {**values, **changes}
+            arms.start(WITHOUT + name, "deepspeed", changed)
+            counts[WITHOUT + name] = _micro_batches(changed)
+        for name, count in counts.items():
+            arms.ready([count], [name])
     return {**plan, "micro_batches": counts}
 
 

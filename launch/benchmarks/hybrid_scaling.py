@@ -51,14 +51,14 @@ def _on(cluster, arms: Arms, devices: int, batch: int, rate: float | None, optio
 
     common = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": batch // devices}
     world = {**baselines.settings(1682, (1, devices, 1), 0, options.quick), **common}
-    arms.start(DDP, "ddp", world)
-    names = [DDP]
-    if devices > 1:
-        arms.start(_PIPELINE, "deepspeed", {**world, "recsys.pipe": devices, "recsys.data": 1})
-        names.append(_PIPELINE)
+    names, counts = [DDP], [devices, 4 * devices]
     baselines.set_links(cluster, None)
-    counts = [devices, 4 * devices]
-    arms.ready(counts)
+    with arms.in_haste():
+        arms.start(DDP, "ddp", world)
+        if devices > 1:
+            arms.start(_PIPELINE, "deepspeed", {**world, "recsys.pipe": devices, "recsys.data": 1})
+            names.append(_PIPELINE)
+        arms.ready(counts)
     alone = arms.measure(DDP, counts[0], alone=True)
     if rate is None:
         mean = sum(alone["rank_seconds"]) / devices
