@@ -15,7 +15,8 @@ from benchmarks.arms import Arms
 from benchmarks.baselines import DDP, TOPOLOGIES, UNEVEN, Turn, ideal_seconds_of
 from benchmarks.baselines_report import IDEAL
 from benchmarks.harness import ROOT, load
-from benchmarks.hybrid_report import OURS, WITHOUT, figures, plot, table
+from benchmarks.hybrid_ablation import ablation, micro_batches
+from benchmarks.hybrid_report import OURS, figures, plot, table
 from benchmarks.hybrid_scaling import DEVICES, scaling
 from benchmarks.modes_arms import AHEAD
 from benchmarks.repeats import interleaved
@@ -23,7 +24,7 @@ from benchmarks.repeats import interleaved
 __all__ = ["HELP", "arguments", "figures", "measure", "plot", "table"]
 
 HELP = 'the grid and methods that "parallel": "auto" chooses, against single modes and the ideal; each capability switched off'
-PARTS = ("clusters", "scaling", "quality")
+PARTS = ("clusters", "ablation", "scaling", "quality")
 _STEPS = 3  # of a measurement of ours: what a late sum leaves to the next step is paid for in it
 
 
@@ -32,7 +33,6 @@ def arguments(parser) -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="measure only these (all)")
     parser.add_argument("--resume", metavar="F", help="take over what F holds in whole (may be --json's file)")
     parser.add_argument("--devices", type=int, nargs="*", choices=DEVICES, default=list(DEVICES), help="of the scaling")
-    parser.add_argument("--no_ablation", action="store_true", help="do not switch capabilities off")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the whole trainings")
     parser.add_argument("--epochs", type=int, default=10, help="of the whole trainings (10)")
     parser.add_argument("--run_dir", default="runs/hybrid")
@@ -40,24 +40,30 @@ def arguments(parser) -> None:
 
 def measure(options) -> Iterator[dict]:
     """Rows of kind "calibration", "workload" and "step" as in baselines, "plan" (what was chosen, the reason), "whole" (a
-    cluster, catalogue and preset ended), "scaling" and "quality"."""
+    cluster, catalogue and preset ended), "ablation", "scaling" and "quality"."""
     # before the first row, for it may be the file that the rows go to
     kept = load(Path(options.resume), "hybrid")["rows"] if options.resume and Path(options.resume).exists() else []
     options.kept = _whole_cells(kept)
     if options.quick:
-        options.speed, options.no_ablation = 1.0, True
-    ways = {}
+        options.speed = 1.0
+    plans = []
     for row in _clusters(options):
-        if row["kind"] == "plan" and row["values"]["recsys.data"] > 1:
-            ways[_mode(row["values"]), row["values"]["recsys.compression.method"]] = None
+        if row["kind"] == "plan":
+            plans.append(row)
         yield row
     if options.quick:
         return
+    if "ablation" in options.part:
+        yield from ablation(options, plans, kept)
+    else:
+        yield from (row for row in kept if row["kind"] == "ablation")
     if "scaling" in options.part:
         yield from scaling(options, kept)
     else:
         yield from (row for row in kept if row["kind"] == "scaling")
     if "quality" in options.part:
+        chosen = [row["values"] for row in plans if row["values"]["recsys.data"] > 1]
+        ways = {(_mode(values), values["recsys.compression.method"]): None for values in chosen}
         yield from _trainings(list(ways), options, kept)
     else:
         yield from (row for row in kept if row["kind"] == "quality")
@@ -114,8 +120,8 @@ def _workload(cluster, arms: Arms, items: int, options) -> Iterator[dict]:
     presets = [preset for preset in options.presets if (topology, items, preset) not in options.kept]
     if not presets:
         return
-    micro_batches = baselines.start(cluster, arms, items, options)
-    first = arms.measure(DDP, micro_batches[0], alone=True)
+    counts = baselines.start(cluster, arms, items, options)
+    first = arms.measure(DDP, counts[0], alone=True)
     ideal = ideal_seconds_of(first)
     rates = {name: PRESETS[name].rate(4 * first["parameters"], ideal, cluster.spec.world_size) for name in presets}
     yield {"kind": "workload", "parameters": first["parameters"], "ideal_seconds": ideal, "rates": rates}
@@ -124,14 +130,13 @@ def _workload(cluster, arms: Arms, items: int, options) -> Iterator[dict]:
         ratio = round(PRESETS[preset].ratio, 2)
         yield from baselines.calibrated(cluster, preset, rates[preset], uneven)
         plan = _start_ours(cluster, arms, items, options)
-        yield {"kind": "plan", "preset": preset, "ratio": ratio, **plan}
+        yield {"kind": "plan", "preset": preset, "ratio": ratio, "rate": rates[preset], **plan}
         ours = plan["micro_batches"]
-        turns = {f"{IDEAL}|{m}": Turn(cluster, arms, DDP, m) for m in micro_batches}
+        turns = {f"{IDEAL}|{m}": Turn(cluster, arms, DDP, m) for m in counts}
         links = {"preset": preset, "rate": rates[preset], "uneven": uneven, "traces": options.traces}
-        for m in micro_batches:
+        for m in counts:
             turns |= {f"{mode}|{m}": Turn(cluster, arms, mode, m, **links) for mode in options.modes}
-        for name, m in ours.items():
-            turns[f"{name}|{m}"] = Turn(cluster, arms, name, m, warmup=1, steps=_STEPS, **links)
+        turns[f"{OURS}|{ours}"] = Turn(cluster, arms, OURS, ours, warmup=1, steps=_STEPS, **links)
         label = f"{items:,} items, {ratio:g}x"
         for row in interleaved(turns, options.repeats, warmup=0, budget_s=options.seconds, progress=label):
             mode, m = row.pop("arm").split("|")
@@ -139,68 +144,24 @@ def _workload(cluster, arms: Arms, items: int, options) -> Iterator[dict]:
             if mode == IDEAL and "seconds" in row:
                 row["ideal_seconds"] = ideal_seconds_of(row)
             yield row
-        arms.stop(list(ours))
+        arms.stop([OURS])
         yield {"kind": "whole", "preset": preset, "ratio": ratio}
 
 
 def _start_ours(cluster, arms: Arms, items: int, options) -> dict:
-    """Start what the rule chooses on these links, and it without each capability; {"values", "reason", "micro_batches"}."""
+    """Start what the rule chooses on these links; {"values", "reason", "micro_batches"}."""
     auto = baselines.settings(items, (1, "auto", 1), 0, options.quick)
     for key in ("recsys.pipe", "recsys.data", "recsys.tensor", "train_micro_batch_size_per_gpu"):
         auto.pop(key, None)
     arms.start(OURS, "deepspeed", {**auto, "recsys.parallel": "auto", "train_micro_batch_size_per_gpu": "auto"})
     plan = arms.plan(OURS)
     print(f"\n{plan['reason']}", flush=True)
-    values = {**auto, **plan["values"]}
-    counts = {OURS: _micro_batches(values)}
+    count = micro_batches(plan["values"])
     with arms.in_haste():
-        for name, changes in {} if options.no_ablation else without(plan["values"], cluster.spec).items():
-            changed = {**values, **changes}
-            arms.start(WITHOUT + name, "deepspeed", changed)
-            counts[WITHOUT + name] = _micro_batches(changed)
-        for name, count in counts.items():
-            arms.ready([count], [name])
-    return {**plan, "micro_batches": counts}
-
-
-def without(values: dict, spec) -> dict[str, dict]:
-    """What is switched off -> the keys that change, for every capability that a plan uses."""
-    found = {}
-    replicas, pipe = values["recsys.data"], values["recsys.pipe"]
-    compressed = values["recsys.compression.method"] != "none"
-    if compressed:
-        found["compression"] = {"recsys.compression.method": "none"}
-    if values["recsys.data_parallel.mode"] != "sync":
-        found["delay"] = {"recsys.data_parallel.mode": "sync", "recsys.data_parallel.look_ahead": False}
-    elif compressed:
-        found["overlap"] = {"recsys.compression.overlap": False}
-    if compressed and replicas * values["recsys.tensor"] > max(len(host.speeds) for host in spec.hosts):
-        if any(len(host.speeds) > 1 for host in spec.hosts):
-            found["sums within hosts"] = {"recsys.compression.hierarchical": False}
-    if values.get("optimizer.params.fused"):
-        found["fused AdamW"] = {"optimizer.params.fused": False}
-    if pipe > 1 and "recsys.partition.bounds" in values:
-        found["measured cut"] = {"recsys.partition.bounds": None, "recsys.partition.method": "parameters"}
-    if pipe * values["recsys.tensor"] > 1:
-        world = pipe * replicas * values["recsys.tensor"]
-        batch = replicas * values["gradient_accumulation_steps"] * values["train_micro_batch_size_per_gpu"]
-        found["grid"] = {
-            "recsys.pipe": 1,
-            "recsys.data": world,
-            "recsys.tensor": 1,
-            "recsys.partition.bounds": None,
-            "recsys.partition.method": "parameters",
-            "train_micro_batch_size_per_gpu": batch // world,
-            "gradient_accumulation_steps": 1,
-        }
-    return found
+        arms.ready([count], [OURS])
+    return {**plan, "micro_batches": count}
 
 
 def _mode(values: dict) -> str:
     """As bench.py modes names it."""
     return AHEAD if values.get("recsys.data_parallel.look_ahead") else values["recsys.data_parallel.mode"]
-
-
-def _micro_batches(values: dict) -> int:
-    """Of a step, over all replicas."""
-    return values["recsys.data"] * values["gradient_accumulation_steps"]

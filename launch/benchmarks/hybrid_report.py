@@ -10,7 +10,7 @@ from benchmarks.modes_arms import title
 from benchmarks.modes_report import by_seed
 from benchmarks.repeats import groups, median, spread
 
-OURS, WITHOUT, ALONE = "ours", "ours without ", "alone"
+OURS, ALONE = "ours", "alone"
 _ROOM, _HEAVY, _SLOW = (
     0.65,
     100_000,
@@ -70,7 +70,7 @@ class _Compared:
                 seconds[mode] = took
                 busy[mode] = median(row["busy"] for row in same) if "busy" in same[0] else None
         self.seconds = seconds
-        singles = {mode: took for mode, took in seconds.items() if mode != HYBRID and not mode.startswith(OURS)}
+        singles = {mode: took for mode, took in seconds.items() if mode != HYBRID and mode != OURS}
         self.best = min(singles, key=singles.get, default=None)
         self.ideal, self.single = min(ideals, default=None), singles.get(self.best)
         self.ours, self.vanilla = seconds.get(OURS), seconds.get(HYBRID)
@@ -106,9 +106,7 @@ def table(rows: list[dict]) -> str:
         plan = next((row for row in rows if row["kind"] == "plan" and _cell(row) == cell), None)
         if plan:
             chosen.append([*place, _said(plan["values"])])
-        for mode, took in one.seconds.items():
-            if mode.startswith(WITHOUT) and one.ours:
-                parts.append([*place, mode.removeprefix(WITHOUT), f"{took:.2f}", f"{took / one.ours:.2f}"])
+        parts += [[*place, name, f"{took:.2f}", f"{ratio:.2f}"] for name, took, ratio in _without(rows, cell)]
     texts = [
         f"Seconds a step, medians; links: dense gradient communication over compute.\n\n{markdown(header, lines)}",
         f"What the rule chose.\n\n{markdown(['cluster', 'items', 'links', 'grid, micro-batches, gradients'], chosen)}",
@@ -129,6 +127,13 @@ def table(rows: list[dict]) -> str:
             + markdown(["gradients", "validation loss", "NDCG@10"], lines)
         )
     return "\n\n".join(texts)
+
+
+def _without(rows: list[dict], cell: Cell) -> list[tuple[str, float, float]]:
+    """(what was switched off, seconds a step, to the whole plan's in the same rounds)."""
+    found = [row for row in rows if row["kind"] == "ablation" and _cell(row) == cell and "seconds" in row]
+    seconds = {key: median(row["seconds"] for row in same) for key, same in groups(found, "group", "mode").items()}
+    return [(mode, took, took / seconds[group, OURS]) for (group, mode), took in seconds.items() if mode != OURS]
 
 
 def _scaling(rows: list[dict]) -> str:
