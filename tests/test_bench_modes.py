@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 from bench_runs import quick_run, whole_grid
-from benchmarks import modes, modes_plot, modes_quality, modes_speed, quality
+from benchmarks import modes, modes_quality, modes_report, modes_speed, quality
 from benchmarks.modes_arms import ALONE, BATCH, METHODS, MODES, arm, groups, margin, settings, title
 from benchmarks.modes_job import Replicas, summarise
 from distributed import distributed
@@ -99,8 +99,18 @@ def test_the_table(tmp_path):
 
 
 def test_loss_is_drawn_over_the_time_that_steps_take():
-    seconds, losses = modes_plot.curve([training("sync", 0, 6.0), training("sync", 1, 5.0)], 0.1)
+    seconds, losses = modes_report.curve([training("sync", 0, 6.0), training("sync", 1, 5.0)], 0.1)
     assert seconds == pytest.approx([2.0, 4.0, 6.0]) and losses == [8.0, 7.0, 5.5]
+
+
+def test_validations_are_compared_at_one_time():
+    """Sync takes 0.1 s a step and 6 s in all, delayed 0.05 and 3 s: by then sync is half way from 8 to 7."""
+    speeds = [window("sync", 160), window("delayed", 320)]
+    slow = {**training("sync", 0, 6.0), "valid_ndcg": [0.02, 0.04, 0.06]}
+    table = modes.table([*speeds, slow, {**training("delayed", 0, 5.0), "valid_ndcg": [0.01, 0.02, 0.03]}])
+    seconds = slow["steps"] * 0.05
+    assert f"|  | loss, 1x, {seconds:.0f} s | NDCG@10, 1x, {seconds:.0f} s |" in table
+    assert "| sync | 7.5000 | 0.0300 |" in table and "| delayed | 5.0000 | 0.0300 |" in table
 
 
 def answer(begin, ends, **more):
@@ -183,8 +193,11 @@ def test_a_window_ends_in_every_mode_and_a_slow_replica_holds_up_only_those_that
     step, steps = replica.arm.step, []
 
     def slow():
-        time.sleep(0.05 * dist.get_rank())
-        return step()
+        """The second replica takes four times as long, however fast the machine is."""
+        begin = time.monotonic()
+        result = step()
+        time.sleep(3 * dist.get_rank() * (time.monotonic() - begin))
+        return result
 
     for number, seconds in enumerate((0.2, 1.0)):
         replica.arm.step = slow if number else step

@@ -1,11 +1,10 @@
 """The plot of bench.py modes: validation loss over the time that the steps take on each link, and samples a second."""
 
 from pathlib import Path
-from statistics import mean
 
 from benchmarks import plots
 from benchmarks.modes_arms import ALONE, MODES, title
-from benchmarks.modes_report import by_seed, windows
+from benchmarks.modes_report import by_seed, curve, windows
 from benchmarks.modes_speed import CELLS, EVEN, HALF, LINKS, STOP
 from benchmarks.repeats import median
 
@@ -28,13 +27,6 @@ def plot(rows: list[dict], path: Path) -> None:
             if axis.lines:
                 axis.legend(fontsize=7)
         _bars(axes[0][-1], cells, colour)
-
-
-def curve(seeds: list[dict], step_seconds: float) -> tuple[list[float], list[float]]:
-    """(seconds, validation losses, the mean over the seeds); validations are equally many steps apart."""
-    losses = [mean(values) for values in zip(*(row["valid"] for row in seeds), strict=True)]
-    apart = seeds[0]["steps"] / len(losses) * step_seconds
-    return [apart * number for number in range(1, len(losses) + 1)], losses
 
 
 def _bars(axis, cells: dict, colour: dict) -> None:

@@ -48,6 +48,7 @@ def train(config: Path, row: dict, data: str | None, folder: Path) -> dict:
         **row,
         "steps": figures.get("progress", len(own)),
         "valid": [record["valid"]["loss"] for record in records if "valid" in record],
+        "valid_ndcg": [record["valid"]["NDCG@10"] for record in records if "valid" in record],
         "ndcg": result["trained"]["NDCG@10"],
         "hit_rate": result["trained"]["HR@10"],
         "train_seconds": result["seconds"]["train"],

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from benchmarks.harness import markdown
 from benchmarks.modes_arms import AHEAD, ALONE, METHODS, MODES, SYNC, arm, title
-from benchmarks.modes_speed import CELLS, EVEN, HALF, STOP
+from benchmarks.modes_speed import CELLS, EVEN, HALF, LINKS, STOP
 from benchmarks.repeats import groups, median
 
 _DENSE = (SYNC, "none")
@@ -47,7 +47,52 @@ def table(rows: list[dict]) -> str:
     links = [f"samples/s at {link}x (of sync)" for link, situation in CELLS if situation == EVEN]
     speeds = [*links, "one at half speed (of ideal)", "one stopped (of ideal)", "busy at 1x", "kB sent per sample"]
     header = ["", *speeds, "validation loss", "to sync", "NDCG@10", "to sync"]
-    return "\n\n".join(text for text in (_caption(rows), markdown(header, lines) + _notes(rows)) if text)
+    texts = _caption(rows), markdown(header, lines) + _notes(rows), _at_equal_time(cells, trained)
+    return "\n\n".join(text for text in texts if text)
+
+
+def curve(seeds: list[dict], step_seconds: float, name: str = "valid") -> tuple[list[float], list[float]]:
+    """(seconds, values of the validations, the mean over the seeds); validations are equally many steps apart."""
+    values = [statistics.mean(same) for same in zip(*(row[name] for row in seeds), strict=True)]
+    apart = seeds[0]["steps"] / len(values) * step_seconds
+    return [apart * number for number in range(1, len(values) + 1)], values
+
+
+def _at_equal_time(cells: dict, trained: dict) -> str:
+    """The validations of all trainings at the moment in which the first one has taken all its steps, link by link."""
+    curves, header = {}, [""]
+    for link in LINKS:
+        for name in ("valid", "valid_ndcg"):
+            for key, seeds in trained.items():
+                cell = cells.get((*key, link, EVEN))
+                if cell and all(name in row for row in seeds.values()):
+                    seconds = median(row["step_seconds"] for row in cell)
+                    curves[link, name, key] = curve(list(seeds.values()), seconds, name)
+    if not curves:
+        return ""
+    ends = {link: min(times[-1] for (at, _, _), (times, _) in curves.items() if at == link) for link, _, _ in curves}
+    header += [f"{what}, {link}x, {end:.0f} s" for link, end in ends.items() for what in ("loss", "NDCG@10")]
+    lines = [
+        [title(*key)]
+        + [
+            _value_at(curves.get((link, name, key)), end)
+            for link, end in ends.items()
+            for name in ("valid", "valid_ndcg")
+        ]
+        for key in trained
+    ]
+    return f"At equal wall time: validations when the first training has ended.\n\n{markdown(header, lines)}"
+
+
+def _value_at(found: tuple[list[float], list[float]] | None, end: float) -> str:
+    """Between the validations before and after, in a straight line; nothing before the first."""
+    if found is None or found[0][0] > end:
+        return ""
+    times, values = found
+    after = next((number for number, time in enumerate(times) if time >= end), len(times) - 1)
+    before = max(0, after - 1)
+    share = (end - times[before]) / (times[after] - times[before]) if after > before else 0.0
+    return f"{values[before] + min(share, 1.0) * (values[after] - values[before]):.4f}"
 
 
 def hidden(rows: list[dict], mode: str, method: str = "none") -> float | None:
