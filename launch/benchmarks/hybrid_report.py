@@ -174,14 +174,15 @@ def plot(rows: list[dict], path: Path) -> None:
     with plots.drawing(path, 1, len(places), width=3.4, height=3.2, sharey=True) as axes:
         for axis, place in zip(axes[0], places, strict=True):
             for i, bar in enumerate(bars):
-                found = []
-                for x, ratio in enumerate(ratios):
+                shares = []
+                for ratio in ratios:
                     one = _Compared(rows, (*place, ratio))
                     took = {bars[0]: one.single, bars[1]: one.vanilla, bars[2]: one.ours}[bar]
-                    if took and one.ideal:
-                        found.append((x + 0.27 * (i - 1), one.ideal / took))
-                axis.bar([x for x, _ in found], [share for _, share in found], 0.25, color=colour[bar], label=bar)
+                    shares.append(one.ideal / took if took and one.ideal else float("nan"))
+                places = [x + 0.27 * (i - 1) for x in range(len(ratios))]
+                axis.bar(places, shares, 0.25, color=colour[bar], label=bar)
             axis.axhline(1, color="black", linewidth=0.8)
+            axis.set_xlim(-0.6, len(ratios) - 0.4)
             axis.set_xticks(range(len(ratios)), [f"{ratio:g}x" for ratio in ratios])
             axis.set(title=f"{_NAMES[place[0]]}, {place[1]:,} items", xlabel="gradient communication / compute")
         axes[0][0].set_ylabel("share of the ideal speed")
@@ -204,7 +205,9 @@ def _cell(row: dict) -> Cell:
 
 
 def _cells(rows: list[dict]) -> list[Cell]:
-    return list(dict.fromkeys(_cell(row) for row in rows if row["kind"] == "step"))
+    """By cluster, catalogue and link, in whatever order they were measured."""
+    found = {_cell(row) for row in rows if row["kind"] == "step"}
+    return sorted(found, key=lambda cell: (list(_NAMES).index(cell[0]), *cell[1:]))
 
 
 def _steps(rows: list[dict]) -> dict[tuple, list[dict]]:
