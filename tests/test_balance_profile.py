@@ -6,7 +6,9 @@ import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from distributed import run_on_grid
+from logs import config, write_log
 
+import ds_recsys
 from ds_recsys.balance.profile import StageProfiler
 from ds_recsys.timeline.clock import HostClock
 from ds_recsys.topology import Grid
@@ -98,3 +100,25 @@ def test_recomputation_counts_as_backward():
         for layer, profile in step.layers.items():
             assert profile.forward == pytest.approx(_FORWARD[layer])
             assert profile.backward == pytest.approx(_BACKWARD[layer] + _FORWARD[layer])
+
+
+def _tokens(folder):
+    """(values in a micro-batch, what the profiler counted) of each step."""
+    values = config(pipe=2, tensor=2, training={"steps": 4, "eval_every_epochs": 0})
+    trainer = ds_recsys.Trainer(values, data=folder / "log.csv", run_dir=None)
+    trainer.callbacks = []
+    profiler, found = StageProfiler(trainer.engine), []
+    for _, micro_batches in zip(range(4), trainer.batches.epoch_iterator(0), strict=False):
+        trainer._step(micro_batches)
+        step = profiler.steps[-1]
+        found.append((sum(inputs.numel() for inputs, _ in micro_batches) / len(micro_batches), step.tokens))
+        if step.layers:
+            found.append((micro_batches[-1][0].numel(), step.layer_tokens))
+    return found
+
+
+def test_ranks_of_a_tensor_axis_count_the_tokens_that_they_put_together(tmp_path):
+    write_log(tmp_path / "log.csv")
+    results = run_on_grid(_tokens, 4, folder=tmp_path)
+    assert all(counted == values for found in results for values, counted in found)
+    assert all(len(found) == 7 for found in results)  # of three steps the layers too

@@ -42,18 +42,18 @@ class LayerSamples:
         return fmean(self._tokens) if self._tokens else 0.0
 
     @contextlib.contextmanager
-    def forward(self, buffer_id: int, inputs, tokens: int):
-        """The forward pass of a micro-batch runs inside."""
+    def forward(self, buffer_id: int, inputs, tokens: Callable[[], int]):
+        """The forward pass of a micro-batch runs inside; after it `tokens()` is how many it had."""
         if self._skip:
             self._skip -= 1
             yield
             return
         sample = _Sample(self._module, self._mark, count_bytes=not self._tokens)
-        self._tokens.append(tokens)
         begin = self._mark()
         with sample.watched(inputs):
             yield
         sample.forward = begin, self._mark()
+        self._tokens.append(tokens())
         self._running[buffer_id] = sample
 
     @contextlib.contextmanager

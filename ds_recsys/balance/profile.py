@@ -1,6 +1,7 @@
 """Seconds of a stage's compute, step by step, and of each of its layers in sampled steps; waits are left out."""
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,28 +109,25 @@ class _Step:
             return method
 
         def run(engine, *args, **kwargs):
-            context = contextlib.nullcontext()
+            context, tokens = contextlib.nullcontext(), None
             if name in ("ForwardPass", "BackwardPass"):
                 buffer_id = kwargs["buffer_id"] if "buffer_id" in kwargs else args[0]
-                context = self._pass(name == "ForwardPass", engine, buffer_id)
+                inputs = engine.pipe_buffers["inputs"]
+                if name == "ForwardPass":  # ranks of a tensor axis receive shares, which the pass puts together
+                    tokens = functools.partial(_tokens_in, inputs, buffer_id)
+                if self._samples and tokens:
+                    context = self._samples.forward(buffer_id, inputs[buffer_id], tokens)
+                elif self._samples:
+                    context = self._samples.backward(buffer_id)
             begin = self.mark()
             with context:
                 result = method(engine, *args, **kwargs)
             self._spans[name].append((begin, self.mark()))
+            if tokens:
+                self._tokens.append(tokens())
             return result
 
         return run
-
-    def _pass(self, forward: bool, engine, buffer_id: int):
-        """What a pass over a micro-batch runs in."""
-        if forward:
-            inputs = engine.pipe_buffers["inputs"][buffer_id]
-            self._tokens.append(_tokens(inputs))
-            if self._samples:
-                return self._samples.forward(buffer_id, inputs, self._tokens[-1])
-        elif self._samples:
-            return self._samples.backward(buffer_id)
-        return contextlib.nullcontext()
 
     def mark(self) -> int:
         self.moments.append(self._clock.now())
@@ -153,8 +151,9 @@ class _Step:
         )
 
 
-def _tokens(inputs) -> int:
+def _tokens_in(buffers, buffer_id: int) -> int:
     """Tokens of a stage's input: values of whole numbers, or vectors of a floating-point tensor."""
+    inputs = buffers[buffer_id]
     tensor = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
     if torch.is_floating_point(tensor) and tensor.dim() > 1:
         return tensor.numel() // tensor.shape[-1]

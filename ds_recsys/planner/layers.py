@@ -148,7 +148,7 @@ def _pass(pipe, micro_batch, clock) -> dict[int, LayerProfile]:
     clock.begin()
     mark()
     samples = LayerSamples(pipe, 1, mark)
-    with samples.forward(0, inputs, inputs.numel()):
+    with samples.forward(0, inputs, inputs.numel):
         loss = pipe.loss_fn(pipe(inputs), labels)
     with samples.backward(0):
         loss.backward()
