@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.modes_arms import ALONE, MODES, title
-from benchmarks.modes_report import by_seed, curve, windows
+from benchmarks.modes_report import by_seed, curve, step_seconds, windows
 from benchmarks.modes_speed import CELLS, EVEN, HALF, LINKS, STOP
 from benchmarks.repeats import median
 
@@ -17,10 +17,10 @@ def plot(rows: list[dict], path: Path) -> None:
     with plots.drawing(path, 1, len(links) + 1, width=4.4, height=3.8) as axes:
         for axis, link in zip(axes[0], links, strict=False):
             for (mode, method), seeds in trained.items():
-                cell = cells.get((mode, method, link, EVEN))
-                if not cell:
+                one = step_seconds(rows, mode, method, link)
+                if not one:
                     continue
-                seconds, losses = curve(list(seeds.values()), median(row["step_seconds"] for row in cell))
+                seconds, losses = curve(list(seeds.values()), one)
                 style = {"color": colour[mode], "linestyle": "-" if method == "none" else "--", "linewidth": 1.2}
                 axis.plot(seconds, losses, label=title(mode, method), **style)
             axis.set(title=f"dense communication / compute: {link}x", xlabel="seconds", ylabel="validation loss")

@@ -47,7 +47,7 @@ def table(rows: list[dict]) -> str:
     links = [f"samples/s at {link}x (of sync)" for link, situation in CELLS if situation == EVEN]
     speeds = [*links, "one at half speed (of ideal)", "one stopped (of ideal)", "busy at 1x", "kB sent per sample"]
     header = ["", *speeds, "validation loss", "to sync", "NDCG@10", "to sync"]
-    texts = _caption(rows), markdown(header, lines) + _notes(rows), _at_equal_time(cells, trained)
+    texts = _caption(rows), markdown(header, lines) + _notes(rows), _at_equal_time(rows, trained)
     return "\n\n".join(text for text in texts if text)
 
 
@@ -58,15 +58,20 @@ def curve(seeds: list[dict], step_seconds: float, name: str = "valid") -> tuple[
     return [apart * number for number in range(1, len(values) + 1)], values
 
 
-def _at_equal_time(cells: dict, trained: dict) -> str:
+def step_seconds(rows: list[dict], mode: str, method: str, link: int) -> float | None:
+    """Dense sync's, over the speed to it in the same rounds: groups are measured at different times."""
+    ratio, dense = speed_ratio(rows, mode, method, link), windows(rows).get((*_DENSE, link, EVEN))
+    return median(row["step_seconds"] for row in dense) / ratio if ratio and dense else None
+
+
+def _at_equal_time(rows: list[dict], trained: dict) -> str:
     """The validations of all trainings at the moment in which the first one has taken all its steps, link by link."""
     curves, header = {}, [""]
     for link in LINKS:
         for name in ("valid", "valid_ndcg"):
             for key, seeds in trained.items():
-                cell = cells.get((*key, link, EVEN))
-                if cell and all(name in row for row in seeds.values()):
-                    seconds = median(row["step_seconds"] for row in cell)
+                seconds = step_seconds(rows, *key, link)
+                if seconds and all(name in row for row in seeds.values()):
                     curves[link, name, key] = curve(list(seeds.values()), seconds, name)
     if not curves:
         return ""
