@@ -58,13 +58,21 @@ def plot(rows: list[dict], path: Path) -> None:
                     color=colour[mode],
                     label=mode,
                 )
-            axis.axhline(1, color="black", linewidth=0.8)
-            axis.set_xticks(range(len(ratios)), [f"{ratio:g}x" for ratio in ratios])
-            axis.set(title=f"{_TOPOLOGIES[place[0]]}, {place[1]:,} items", xlabel="gradient communication / compute")
-        axes[0][0].set_ylabel("share of the ideal speed")
-        axes[0][0].set_ylim(0, 1.05)
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        axes[0][0].figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+            axis.set_title(f"{_TOPOLOGIES[place[0]]}, {place[1]:,} items")
+        label_shares(axes[0], ratios)
+
+
+def label_shares(axes, ratios: list[float]) -> None:
+    """What panels of shares of the ideal have in common: the ideal, the links below, one legend."""
+    for axis in axes:
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xlim(-0.6, len(ratios) - 0.4)
+        axis.set_xticks(range(len(ratios)), [f"{ratio:g}x" for ratio in ratios])
+        axis.set_xlabel("gradient communication / compute")
+    axes[0].set_ylabel("share of the ideal speed")
+    axes[0].set_ylim(0, 1.05)
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
 
 
 def _steps(rows: list[dict]) -> str:

@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.baselines_report import HYBRID, IDEAL
+from benchmarks.baselines_report import HYBRID, IDEAL, label_shares
 from benchmarks.harness import markdown
 from benchmarks.modes_arms import title
 from benchmarks.modes_report import by_seed
@@ -133,7 +133,11 @@ def _without(rows: list[dict], cell: Cell) -> list[tuple[str, float, float]]:
     """(what was switched off, seconds a step, to the whole plan's in the same rounds)."""
     found = [row for row in rows if row["kind"] == "ablation" and _cell(row) == cell and "seconds" in row]
     seconds = {key: median(row["seconds"] for row in same) for key, same in groups(found, "group", "mode").items()}
-    return [(mode, took, took / seconds[group, OURS]) for (group, mode), took in seconds.items() if mode != OURS]
+    return [
+        (mode, took, took / seconds[group, OURS])
+        for (group, mode), took in seconds.items()
+        if mode != OURS and (group, OURS) in seconds  # the whole plan may have failed
+    ]
 
 
 def _scaling(rows: list[dict]) -> str:
@@ -179,16 +183,10 @@ def plot(rows: list[dict], path: Path) -> None:
                     one = _Compared(rows, (*place, ratio))
                     took = {bars[0]: one.single, bars[1]: one.vanilla, bars[2]: one.ours}[bar]
                     shares.append(one.ideal / took if took and one.ideal else float("nan"))
-                places = [x + 0.27 * (i - 1) for x in range(len(ratios))]
-                axis.bar(places, shares, 0.25, color=colour[bar], label=bar)
-            axis.axhline(1, color="black", linewidth=0.8)
-            axis.set_xlim(-0.6, len(ratios) - 0.4)
-            axis.set_xticks(range(len(ratios)), [f"{ratio:g}x" for ratio in ratios])
-            axis.set(title=f"{_NAMES[place[0]]}, {place[1]:,} items", xlabel="gradient communication / compute")
-        axes[0][0].set_ylabel("share of the ideal speed")
-        axes[0][0].set_ylim(0, 1.05)
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        axes[0][0].figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+                at = [x + 0.27 * (i - 1) for x in range(len(ratios))]
+                axis.bar(at, shares, 0.25, color=colour[bar], label=bar)
+            axis.set_title(f"{_NAMES[place[0]]}, {place[1]:,} items")
+        label_shares(axes[0], ratios)
 
 
 def _said(values: dict) -> str:
