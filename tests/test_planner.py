@@ -75,7 +75,7 @@ def test_plans_cut_the_whole_batch():
 
 @pytest.mark.parametrize(
     "method, mode, covered",
-    [("none", "sync", 0.0), ("int8", "sync", 16 * 0.08 * 2 / 3), ("none", "delayed", 1.28), ("int8", "delayed", 1.28)],
+    [("none", "sync", 0.0), ("int8", "sync", 0.7), ("none", "delayed", 1.28), ("int8", "delayed", 1.28)],
 )
 def test_a_sum_costs_what_compute_does_not_cover(method, mode, covered):
     facts = _facts(value_seconds=4e-7, optimizer=1e-8)
@@ -88,6 +88,37 @@ def test_a_sum_costs_what_compute_does_not_cover(method, mode, covered):
     assert forecast.seconds == pytest.approx(1.28 + forecast.gradients + forecast.optimizer)
 
 
+@pytest.mark.parametrize(
+    "int8_seconds, bucket, exposed",
+    [
+        (0.8, 1, 0.1),  # the first layer's gradient is final with the backward pass
+        (0.8, 2_000_000, 0.2),
+        (0.8, 3_000_000, 6 * 0.32 / 3 + 0.3 + 0.2 - 8 * 0.32 / 3),  # of three, three and two layers
+        (0.8, 8_000_000, 0.8),
+        (0.8, None, 0.8),
+        (1.6, 1, 1.6 - 7 / 8 * 1.28 * 2 / 3),  # the link is never free once the last layer is done
+    ],
+)
+def test_buckets_leave_while_the_backward_pass_goes_on(int8_seconds, bucket, exposed):
+    facts = _facts(value_seconds=4 * int8_seconds / (_LAYERS * _PARAMETERS), bucket=bucket)
+    forecast = predict(facts, Plan(1, 4, 1, 16, 1, "int8"))
+    assert forecast.communication == pytest.approx(int8_seconds)
+    assert forecast.gradients == pytest.approx(exposed)
+
+
+def test_a_last_stage_sums_while_the_others_go_on_but_for_a_tied_table():
+    plan = Plan(2, 2, 1, 16, 2, "int8")
+    ends = [1] * (_LAYERS - 1) + [2 * _PARAMETERS]
+    facts = _facts(value_seconds=4e-7)
+    facts = replace(facts, layers={1: tuple(_layer(parameters=count) for count in ends)})
+    whole = predict(facts, plan)
+    assert whole.communication == pytest.approx(0.2, rel=1e-5) and whole.gradients < 1e-6
+    ends[0] = _PARAMETERS  # the table
+    tied = replace(facts, layers={1: tuple(_layer(parameters=count) for count in ends)}, tied=_PARAMETERS)
+    between = tied.transfers[2](4 * _PARAMETERS)
+    assert predict(tied, plan).gradients == pytest.approx(0.1 + between, abs=1e-6)
+
+
 def test_encoding_is_never_covered():
     facts = _facts(value_seconds=4e-8, processor=5e-9)
     forecast = predict(facts, Plan(1, 4, 1, 16, 1, "int8", "delayed"))
@@ -95,9 +126,10 @@ def test_encoding_is_never_covered():
 
 
 def test_looking_ahead_takes_an_optimizer_step_more_and_is_what_late_averages_do():
-    facts = _facts(optimizer=1e-8)
+    facts = _facts(optimizer=1e-8, copy=1e-9)
     late, ahead = (predict(facts, Plan(1, 4, 1, 16, 1, "int8", "delayed", look)) for look in (False, True))
-    assert ahead.optimizer > 2 * late.optimizer and ahead.compute == late.compute
+    assert ahead.optimizer == pytest.approx((2 * 1e-8 + 9 * 1e-9) * _LAYERS * _PARAMETERS)
+    assert late.optimizer == pytest.approx(1e-8 * _LAYERS * _PARAMETERS) and ahead.compute == late.compute
     assert ahead.plan.values() == {**late.plan.values(), "recsys.data_parallel.look_ahead": True}
     found = list(plans((0, 1), 64, 16, {}))
     assert all(plan.look_ahead == (plan.mode == "delayed") for plan in found)
@@ -129,9 +161,10 @@ def test_a_tied_table_is_summed_between_the_ends():
 
 def test_rows_do_not_travel_as_a_table():
     plan, late = Plan(1, 4, 1, 16, 1), Plan(1, 4, 1, 16, 1, "none", "delayed")
-    facts = _facts(value_seconds=4e-8, sparse=_LAYERS * _PARAMETERS)
-    assert predict(facts, plan).communication == 0.0
-    assert predict(facts, late).communication > 0.0  # "delayed" makes them dense
+    facts = _facts(value_seconds=4e-8, sparse=_PARAMETERS)
+    rest, whole = (_LAYERS - 1) * _PARAMETERS * 4e-8, _LAYERS * _PARAMETERS * 4e-8
+    assert predict(facts, plan).communication == pytest.approx(rest)
+    assert predict(facts, late).communication == pytest.approx(whole)  # "delayed" makes them dense
 
 
 def test_fast_links_need_no_compression():

@@ -200,7 +200,7 @@ def _measure(
     # rows of a table have a lazy Adam of their own
     fused = open_keys.adam and config.deepspeed["optimizer"]["params"].get("torch_adam") is True
     fused = fused and recsys.head.sparse_gradients is not True
-    kinds, unsplit, slowdowns, pace, optimizer = {}, {}, (1.0,) * len(hosts), 0.0, _Optimizer(0.0, None)
+    kinds, unsplit, slowdowns, pace, copy, optimizer = {}, {}, (1.0,) * len(hosts), 0.0, 0.0, _Optimizer(0.0, None)
     for tensor in sorted({plan.tensor for plan in candidates}):
         _tell(f"layers, tensor {tensor}")
         try:
@@ -215,6 +215,7 @@ def _measure(
             pace = mine.seconds / mine.processor_seconds if mine.processor_seconds else 0.0
             other = min(one.fused for one in everyone) if fused else None
             optimizer = _Optimizer(min(one.optimizer for one in everyone), other)
+            copy = min(one.copy for one in everyone)
         kinds[tensor] = layers.on_fastest(everyone, slowdowns, tensor)
     sums = {}
     candidates = [plan for plan in candidates if plan.tensor in kinds]
@@ -233,8 +234,10 @@ def _measure(
         sums,
         {stride: links.measure_transfers(stride) for stride in strides},
         optimizer.seconds,
+        copy,
         tied=table if skeleton.tied else 0,
         sparse=table if recsys.head.sparse_gradients is True else 0,
+        bucket=recsys.compression.bucket_elements if recsys.compression.overlap else None,
         tail=builder.tail(),
         memory_limit=memory_limit(recsys.partition),
     )

@@ -60,9 +60,10 @@ class Facts:
         layers: tensor size -> the pipeline's layers in order.
         sums: (data size, tensor size) -> method -> cost of a sum over the data axis that such a grid has.
         transfers: ranks from one stage to the next -> seconds of a message by its bytes.
-        optimizer: seconds per parameter on the fastest device.
+        optimizer, copy: seconds per parameter of its step, and of copying an fp32 value, on the fastest device.
         tied: parameters of an item table that the first and the last stage share, else 0.
         sparse: parameters whose gradients travel as rows while the mode is "sync".
+        bucket: values that a compressed sum takes at once while the backward pass goes on; None waits for its end.
         tail: how many of the last layers must be on one stage.
         memory_limit: bytes of a device; None is no limit.
     """
@@ -73,8 +74,10 @@ class Facts:
     sums: Mapping[tuple[int, int], Mapping[str, SumFacts]] = field(default_factory=dict)
     transfers: Mapping[int, Line] = field(default_factory=dict)
     optimizer: float = 0.0
+    copy: float = 0.0
     tied: int = 0
     sparse: int = 0
+    bucket: int | None = 1
     tail: int = 1
     memory_limit: int | None = None
 

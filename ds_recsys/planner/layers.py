@@ -1,7 +1,7 @@
 """Measures what the layers of a model and the optimizer cost on every rank, with two decoder layers of it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
@@ -25,7 +25,7 @@ from ds_recsys.topology import Grid
 _BLOCKS = 2
 _ITEMS = 200_000  # most that are tried; a full softmax over more takes longer in proportion
 _SECONDS = 1.0  # spent on a size of micro-batch at least, by one rank
-_STEPS = 3  # of the optimizer
+_REPEATS = 3  # of an optimizer step and of a copy
 _ALIKE = 1.1  # devices that differ by less are taken to be equal
 
 
@@ -38,12 +38,14 @@ class Measured:
         seconds: of a micro-batch of each size that was tried.
         processor_seconds: what all threads of this process computed in them; 0 on an accelerator.
         optimizer, fused: seconds per parameter of AdamW as the config has it, and of its fused form where that was asked for.
+        copy: seconds per parameter to copy the gradients.
     """
 
     kinds: dict[str, LayerFacts]
     seconds: float
     processor_seconds: float
     optimizer: float
+    copy: float
     fused: float | None = None
 
 
@@ -87,7 +89,7 @@ def measure(
     parameters = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
     optimizer = _optimizer_seconds(parameters, adamw)
     other = _optimizer_seconds(parameters, {**adamw, "fused": True}) if fused else None
-    return Measured(kinds, seconds, processor, optimizer, other)
+    return Measured(kinds, seconds, processor, optimizer, _copy_seconds(parameters), other)
 
 
 def _micro_batches(windows, recsys: Recsys, size: int, items: int) -> list:
@@ -190,11 +192,27 @@ def _optimizer_seconds(parameters: list[Parameter], adamw: dict) -> float:
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(parameters, **{**adamw, "lr": 0.0, "weight_decay": 0.0})
-    optimizer.step()
+    return _seconds_of(optimizer.step, parameters)
+
+
+def _copy_seconds(parameters: list[Parameter]) -> float:
+    """Seconds per parameter to copy all gradients."""
+    copies = [torch.empty_like(parameter.grad) for parameter in parameters]
+
+    def copy() -> None:
+        for to, parameter in zip(copies, parameters, strict=True):
+            to.copy_(parameter.grad)
+
+    return _seconds_of(copy, parameters)
+
+
+def _seconds_of(work: Callable, parameters: list[Parameter]) -> float:
+    """Of one run, per parameter; the first run, which allocates, is left out."""
+    work()
     seconds = []
-    for _ in range(_STEPS):
+    for _ in range(_REPEATS):
         begin = time.perf_counter()
-        optimizer.step()
+        work()
         if parameters[0].device.type != "cpu":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)

@@ -2,10 +2,12 @@
 
 A step is (M - 1) max t + sum t over the stages (`ds_recsys.balance.costs.predict`), the gradients' part that compute does
 not cover, the sum of a tied table, and the optimizer. Compute covers what a sum's wire takes: nothing under DeepSpeed's own
-reduction, which begins when all gradients are there; the last backward pass when gradients are compressed, for they leave
-as they are ready; a whole step in mode "delayed". What a sum takes of the device itself, to encode, is never covered.
+reduction, which begins when all gradients are there; in mode "delayed" a whole step. Compressed gradients leave in buckets
+while the last backward pass goes on, each when it is ready and the link is free: what reaches beyond the pass counts, and
+that is at least the first layers' bucket. What a sum takes of the device itself, to encode, is never covered.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -17,7 +19,7 @@ from ds_recsys.planner.plan import Plan
 
 _FP32 = 4
 _STATE = 2 * _FP32  # of Adam, of error feedback, and of what mode "delayed" keeps: bytes per parameter
-_AHEAD = 1.5  # optimizer steps that looking ahead takes: one, and copies of what it takes back
+_AHEAD = 9  # copies that looking ahead takes beside an optimizer step: of all it takes back, and of the gradient
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,9 @@ def predict(facts: Facts, plan: Plan, zero_stage: int = 0) -> Forecast:
     )
     sums, waits = [0.0], [0.0]
     if plan.data > 1:
-        for stage, mine in stages:
-            values = sum(layer.trainable_bytes for layer in mine) / _FP32
-            if plan.mode == "sync" and facts.sparse:
-                values = max(0.0, values - facts.sparse / plan.tensor)
-            last_backward = stage.slowdown * sum(layer.backward for layer in mine)
-            sums.append(_sum(facts, plan, zero_stage)[0] * values)
-            waits.append(_exposed(facts, plan, zero_stage, values, last_backward, whole))
+        for stage in _summed(facts, plan, costs, bounds):
+            sums.append(_sum(facts, plan, zero_stage)[0] * stage.total)
+            waits.append(_exposed(facts, plan, zero_stage, stage, whole))
     tied = 0.0
     if plan.pipe > 1 and facts.tied:
         tied = facts.transfers[plan.data * plan.tensor](_FP32 * facts.tied / plan.tensor)
@@ -87,9 +85,10 @@ def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
     layers = facts.layers[plan.tensor]
     if plan.pipe == 1:  # which holds the tied table once
         layers = (*layers[:-1], replace(layers[-1], parameters=layers[-1].parameters - facts.tied))
-    extra = _STATE * (1 + (plan.method != "none") + (plan.mode == "delayed") + 2 * plan.look_ahead)
+    extra = _STATE * (1 + (plan.method != "none") + (plan.mode == "delayed") + 2.5 * plan.look_ahead)
     shards = plan.data if zero_stage else 1
     seconds = _sum(facts, plan, zero_stage)[0] if plan.data > 1 else 0.0
+    optimizer = facts.optimizer + plan.look_ahead * (facts.optimizer + _AHEAD * facts.copy)
     ranks = plan.data * plan.tensor
     of_stage = [range(stage * ranks, (stage + 1) * ranks) for stage in range(plan.pipe)]
     first = len(layers) - facts.tail + 1
@@ -100,7 +99,7 @@ def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
                 backward=layer.backward(plan.micro_batch),
                 weight_bytes=_FP32 * layer.parameters // plan.tensor,
                 trainable_bytes=_FP32 * layer.parameters // plan.tensor,
-                optimizer_bytes=extra * layer.parameters // plan.tensor // shards,
+                optimizer_bytes=round(extra * layer.parameters) // plan.tensor // shards,
                 activation_bytes=round(layer.activation_bytes * plan.micro_batch),
                 boundary_bytes=round(layer.boundary_bytes * plan.micro_batch),
                 joined=index >= first,
@@ -112,7 +111,7 @@ def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
                 slowdown=max(facts.slowdowns[rank] for rank in inside),
                 memory_limit=facts.memory_limit,
                 reduction=seconds / _FP32,
-                optimizer=(1 + _AHEAD * plan.look_ahead) * facts.optimizer / _FP32 / shards,
+                optimizer=optimizer / _FP32 / shards,
             )
             for inside in of_stage
         ],
@@ -134,9 +133,64 @@ def _sum(facts: Facts, plan: Plan, zero_stage: int) -> tuple[float, float]:
     return (cost.seconds + dense.seconds) / 2, (cost.processor + dense.processor) / 2
 
 
-def _exposed(facts: Facts, plan: Plan, zero_stage: int, values: float, last_backward: float, step: float) -> float:
-    """Seconds that the sum of `values` values adds to a step."""
-    seconds, processor = (cost * values for cost in _sum(facts, plan, zero_stage))
+@dataclass(frozen=True)
+class _Stage:
+    """What a stage's sums are made of.
+
+    Attributes:
+        values, passes: of each of its layers, what is summed and the seconds of a backward pass.
+        late: values that wait for the other end's gradient of a tied table.
+        later: seconds that stages before this one go on with the last micro-batch when this one has ended.
+    """
+
+    values: Sequence[float]
+    passes: Sequence[float]
+    late: float
+    later: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.values) + self.late
+
+
+def _summed(facts: Facts, plan: Plan, costs: PipelineCosts, bounds: Sequence[int]) -> list[_Stage]:
+    """What the data axis sums on each stage; rows of a table are few and count as none."""
+    stages: list[_Stage] = []
+    rows = facts.sparse / plan.tensor if plan.mode == "sync" else 0.0
+    tied = facts.tied / plan.tensor if plan.pipe > 1 else 0.0
+    later = 0.0
+    for number, (start, stop) in enumerate(pairwise(bounds)):
+        mine = costs.layers[start:stop]
+        values = [layer.trainable_bytes / _FP32 for layer in mine]
+        ends = {plan.pipe - 1: len(mine) - 1, 0: 0}
+        late = 0.0
+        if number in ends:  # with a table
+            table = ends[number]
+            values[table] = max(0.0, values[table] - rows)
+            late = min(values[table], max(0.0, tied - rows))
+            values[table] -= late
+        passes = [costs.stages[number].slowdown * layer.backward for layer in mine]
+        stages.append(_Stage(values, passes, late, later))
+        later += sum(passes)
+    return stages
+
+
+def _exposed(facts: Facts, plan: Plan, zero_stage: int, stage: _Stage, step: float) -> float:
+    """Seconds that a stage's sums add to a step, in which the whole pipeline takes `step`."""
+    seconds, processor = _sum(facts, plan, zero_stage)
     processor = min(processor, seconds)
-    covered = step if plan.mode != "sync" else last_backward if plan.method != "none" and not zero_stage else 0.0
-    return processor + max(0.0, seconds - processor - covered)
+    wire, encoding = seconds - processor, processor * stage.total
+    if plan.mode != "sync":
+        return encoding + max(0.0, wire * stage.total - step)
+    if plan.method == "none" or zero_stage or facts.bucket is None:
+        return encoding + wire * stage.total
+    now = free = waiting = 0.0
+    for values, seconds in reversed(list(zip(stage.values, stage.passes, strict=True))):
+        now, waiting = now + seconds, waiting + values
+        if waiting >= facts.bucket:
+            free, waiting = max(free, now) + wire * waiting, 0.0
+    end = now + stage.later  # of the backward pass of all stages
+    free = max(free, now) + wire * waiting
+    if stage.late:
+        free = max(free, end) + wire * stage.late
+    return encoding + max(0.0, free - end)

@@ -10,12 +10,12 @@ class LookAhead:
     """Takes the optimizer's next step for a while, and takes it back.
 
     The optimizer's state is copied before the step and put back after it, so `go` works with any optimizer whose state is in
-    `state` and `param_groups`; `back` puts the weights back, bit for bit. It keeps a copy of both.
+    `state` and `param_groups`; `back` puts the weights back, bit for bit. It keeps a copy of both, and of the gradient.
     """
 
     def __init__(self, optimizer, parameters: FlatParameters):
         self._optimizer, self._parameters = optimizer, parameters
-        self._spare: dict[tuple, Tensor] = {}  # memory for the next copy of the state
+        self._spare: dict[tuple, Tensor] = {}  # memory for the next copy of the state, and of a gradient under ""
         self.weights: Tensor | None = None  # those that `back` puts back, fp32 [numel]
 
     @torch.no_grad()
@@ -31,9 +31,10 @@ class LookAhead:
         parameters = self._parameters.parameters
         before = [parameter.grad for parameter in parameters]
         for parameter, view in zip(parameters, self._parameters.views(gradient), strict=True):
-            parameter.grad = view.to(parameter.dtype, copy=True)
+            parameter.grad = self._copy((parameter, ""), view)
         step()
         for parameter, grad in zip(parameters, before, strict=True):
+            self._spare[parameter, ""] = parameter.grad
             parameter.grad = grad
         for group, values in zip(groups, options, strict=True):
             group.update(values)
