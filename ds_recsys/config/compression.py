@@ -43,7 +43,7 @@ class Compression(Block):
         "with bf16 unless `immediate_grad_update` is false.",
     )
     bucket_elements: Positive = Field(
-        4_000_000, description="Least number of gradient values that are reduced at once."
+        1_000_000, description="Least number of gradient values that are reduced at once."
     )
     hierarchical: bool | Auto = Field(
         "auto",
