@@ -119,6 +119,7 @@ class Trainer:
             seed=recsys.seed,
             length_multiple=self._length_multiple,
             moments=moments_of(self.interactions) if recsys.dataset.shuffle_ties else None,
+            shares=recsys.data_shares,
         )
         self.is_main = torch.distributed.get_rank() == 0
         self.total_steps = recsys.training.steps or recsys.training.epochs * self.batches.steps_per_epoch

@@ -102,6 +102,8 @@ def test_what_is_switched_off_is_what_the_plan_uses():
     assert set(hybrid_ablation.without(PLAN, spec)) == {"compression", "overlap", "measured cut", "grid", "fused AdamW"}
     late = {**PLAN, "recsys.pipe": 1, "recsys.data": 4, "recsys.data_parallel.mode": "delayed"}
     assert set(hybrid_ablation.without(late, spec)) == {"compression", "delay", "sums within hosts", "fused AdamW"}
+    uneven = hybrid_ablation.without({**late, "recsys.data_shares": [5, 5, 5, 1]}, spec)
+    assert uneven["parts by speed"] == {"recsys.data_shares": None}
     plain = {
         **PLAN,
         "recsys.pipe": 1,

@@ -207,11 +207,27 @@ def test_a_model_that_does_not_fit_is_cut():
 
 def test_a_slow_host_gets_fewer_layers():
     facts = _facts((0, 0, 1, 1), slowdowns=(1.0, 1.0, 3.0, 3.0))
-    plan = _chosen(facts)
-    assert plan.pipe > 1
     forecast = predict(facts, Plan(2, 2, 1, 4, 8))
     assert forecast.plan.bounds == (0, 6, 8)
     assert "3.0 times as slow" in decide(facts, [forecast.plan]).describe(facts)
+
+
+def test_a_slow_replica_gets_fewer_windows():
+    facts = _facts((0, 1, 2, 3), slowdowns=(1.0, 1.0, 1.0, 2.0), optimizer=1e-8)
+    plan = Plan(1, 4, 1, 16, 1)
+    forecast, equal = predict(facts, plan), predict(replace(facts, shares=(1, 1, 1, 1)), plan)
+    assert sorted(forecast.plan.shares) == [9, 18, 18, 19] and forecast.plan.shares[3] == 9
+    assert forecast.compute == pytest.approx(1.28 * 19 / 16) and equal.compute == pytest.approx(2 * 1.28)
+    assert forecast.optimizer == pytest.approx(equal.optimizer) == 2 * 1e-8 * _LAYERS * _PARAMETERS
+    assert forecast.plan.values()["recsys.data_shares"] == list(forecast.plan.shares)
+    assert "1 micro-batches of " + "/".join(map(str, forecast.plan.shares)) in str(forecast.plan)
+    # every replica is as slow as its slowest stage, and where all are alike nothing is dealt out
+    assert predict(facts, Plan(2, 2, 1, 16, 2)).plan.shares in ((21, 11), (22, 10))
+    assert predict(replace(facts, slowdowns=(1.0,) * 4), plan).plan.shares == ()
+    assert predict(facts, Plan(1, 4, 1, 16, 1, "none", "local_sgd")).plan.shares == ()
+    assert "recsys.data_shares" not in plan.values()
+    chosen = _chosen(facts)
+    assert chosen.data == 4 and chosen.shares[3] < chosen.shares[0]
 
 
 def test_a_heavy_head_is_shared_by_the_ranks_of_a_host():

@@ -94,6 +94,11 @@ def _check_data_parallel(deepspeed: Mapping[str, Any], recsys: Recsys, source: s
     if mode == "sync":
         return
     what = f'{source}: "recsys.data_parallel.mode" "{mode}"'
+    if recsys.data_shares is not None and recsys.data_parallel.local:
+        raise UserError(
+            f'{what} does not work with "recsys.data_shares": a replica that trains alone needs a whole share of the batch; '
+            'leave it out, or use "sync" or "delayed"'
+        )
     stage = zero_stage(deepspeed)
     if stage and recsys.data_parallel.local:
         raise UserError(
@@ -172,6 +177,16 @@ def check_grid(recsys: Recsys, world_size: int, source: str) -> int:
             f'started; start {stages * recsys.data} ranks or change the grid ("data": "auto" fits it)'
         )
     return recsys.data
+
+
+def check_data_shares(recsys: Recsys, data: int, source: str) -> None:
+    """A share for each of `data` replicas."""
+    shares = recsys.data_shares
+    if shares is not None and len(shares) != data:
+        raise UserError(
+            f'{source}: "recsys.data_shares" has {len(shares)} number(s), the data axis {data} replica(s); give one to each, '
+            "or leave it out"
+        )
 
 
 def check_pipeline_engine(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> None:

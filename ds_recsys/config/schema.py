@@ -1,6 +1,6 @@
 """The "recsys" block of a ds_config: one model per sub-block, one description per key."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -275,6 +275,11 @@ class Recsys(Block):
     pipe: Positive = Field(1, description="Pipeline stages.")
     data: Positive | Auto = Field("auto", description='Replicas; `"auto"` is world size / (`pipe` x `tensor`).')
     tensor: Positive = Field(1, description="Ranks that share each layer and the item table.")
+    data_shares: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        description="A number per replica, for devices of unlike speed: each micro-batch of all replicas is dealt out in these "
+        "proportions, a window at least to each; null is equal parts.",
+    )
     sequence_parallel: bool = Field(
         False, description="Split the activations between the blocks over the `tensor` ranks too; saves their memory."
     )

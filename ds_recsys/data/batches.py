@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -37,6 +37,10 @@ class TrainBatches:
     `moments`, from `moments_of`, draws the order of interactions that happened at the same time anew in each epoch, within
     a window: the order that the file gives them means nothing, and a fixed one would be learned by heart.
 
+    `shares`, one number per data rank, gives ranks unlike parts of each `micro_batch * data_size` windows (`apportion`): a
+    micro-batch is larger on a fast device than on a slow one. As the scale counts the positions of all ranks, the step stays
+    the same but for rounding.
+
     Lengths are grouped within random pools of `pool` global batches: a small pool mixes better, a large one pads less.
     """
 
@@ -52,6 +56,7 @@ class TrainBatches:
         length_multiple: int = 1,
         pool: int = 100,
         moments: np.ndarray | None = None,
+        shares: Sequence[float] | None = None,
     ) -> None:
         if min(micro_batch, micro_batches, data_size, length_multiple, pool) < 1 or not 0 <= data_rank < data_size:
             raise UserError(
@@ -59,8 +64,11 @@ class TrainBatches:
                 f"micro_batches={micro_batches}, data_size={data_size}, data_rank={data_rank}, "
                 f"length_multiple={length_multiple}, pool={pool}"
             )
-        self._shape = (micro_batches, data_size, micro_batch)
-        self._rank, self._seed, self._multiple, self._pool = data_rank, seed, length_multiple, pool
+        self._shape = (micro_batches, data_size * micro_batch)
+        self._data_size, self._seed, self._multiple, self._pool = data_size, seed, length_multiple, pool
+        counts = apportion(shares or [1] * data_size, data_size * micro_batch)
+        start = sum(counts[:data_rank])
+        self._mine = slice(start, start + counts[data_rank])
         self._tokens, self._starts, self._inputs, self._context = _mapped(windows)
         self._moments, self._first = moments, windows.data.column("first").to_numpy()
         self._planned: tuple[int, np.ndarray] | None = None
@@ -78,13 +86,13 @@ class TrainBatches:
         """Per step from `start_step` of the epoch on, the list of this rank's `micro_batches` micro-batches."""
         for step, rows in enumerate(self._plan(epoch)[start_step:], start=start_step):
             positions = self._supervised(rows)
-            scale = torch.tensor(self._shape[0] * self._shape[1] / positions, dtype=torch.float64)
+            scale = torch.tensor(self._shape[0] * self._data_size / positions, dtype=torch.float64)
             length = self._padded_length(rows)
-            mine = rows.reshape(self._shape)[:, self._rank]
+            mine = rows.reshape(self._shape)[:, self._mine]
             noise = [None] * len(mine)
             if self._moments is not None:  # drawn for all ranks, so that it does not depend on the grid
                 drawn = np.random.default_rng((self._seed, epoch, step)).random((len(rows), length + 1))
-                noise = drawn.reshape(*self._shape, length + 1)[:, self._rank]
+                noise = drawn.reshape(*self._shape, length + 1)[:, self._mine]
             parts = (self._collate(part, length, draw) for part, draw in zip(mine, noise, strict=True))
             yield [(inputs, (labels, scale)) for inputs, labels in parts]
 
@@ -141,6 +149,19 @@ class TrainBatches:
         supervised = filled[:, 1:] & (column[:-1] >= self._context[rows][:, None])
         labels = np.where(supervised, items[:, 1:], IGNORE)
         return torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
+
+
+def apportion(shares: Sequence[float], total: int) -> list[int]:
+    """`total` things in about these shares, at least one to each: the next one goes where it adds least to a share's load.
+
+    >>> apportion([2, 1, 1], 8)
+    [4, 2, 2]
+    """
+    counts = [1] * len(shares)
+    for _ in range(total - len(shares)):
+        loads = [(count + 1) / share for count, share in zip(counts, shares, strict=True)]
+        counts[loads.index(min(loads))] += 1
+    return counts
 
 
 def moments_of(interactions: Interactions) -> np.ndarray:

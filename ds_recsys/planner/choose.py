@@ -238,6 +238,7 @@ def _measure(
         tied=table if skeleton.tied else 0,
         sparse=table if recsys.head.sparse_gradients is True else 0,
         bucket=recsys.compression.bucket_elements if recsys.compression.overlap else None,
+        shares=tuple(recsys.data_shares) if recsys.data_shares else None,
         tail=builder.tail(),
         memory_limit=memory_limit(recsys.partition),
     )

@@ -64,6 +64,7 @@ class Facts:
         tied: parameters of an item table that the first and the last stage share, else 0.
         sparse: parameters whose gradients travel as rows while the mode is "sync".
         bucket: values that a compressed sum takes at once while the backward pass goes on; None waits for its end.
+        shares: of the replicas, where the config gives them; else replicas take parts by their speed.
         tail: how many of the last layers must be on one stage.
         memory_limit: bytes of a device; None is no limit.
     """
@@ -78,6 +79,7 @@ class Facts:
     tied: int = 0
     sparse: int = 0
     bucket: int | None = 1
+    shares: tuple[float, ...] | None = None
     tail: int = 1
     memory_limit: int | None = None
 

@@ -26,7 +26,7 @@ _BLOCKS = 2
 _ITEMS = 200_000  # most that are tried; a full softmax over more takes longer in proportion
 _SECONDS = 1.0  # spent on a size of micro-batch at least, by one rank
 _REPEATS = 3  # of an optimizer step and of a copy
-_ALIKE = 1.1  # devices that differ by less are taken to be equal
+_ALIKE = 1.15  # devices that differ by less are taken to be equal
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class Plan:
         method, mode: of the blocks "compression" and "data_parallel".
         look_ahead: of "delayed".
         bounds: of the stages; empty for one stage, or before they are known.
+        shares: windows of each replica in a micro-batch of all; empty for equal parts, or before they are known.
     """
 
     pipe: int
@@ -29,13 +30,16 @@ class Plan:
     mode: str = "sync"
     look_ahead: bool = False
     bounds: tuple[int, ...] = field(default=(), compare=False)
+    shares: tuple[int, ...] = field(default=(), compare=False)
 
     def values(self) -> dict[str, Any]:
         """As dotted keys of a config, but for the bounds."""
+        shares = {"recsys.data_shares": list(self.shares)} if self.shares else {}
         return {
             "recsys.pipe": self.pipe,
             "recsys.data": self.data,
             "recsys.tensor": self.tensor,
+            **shares,
             "recsys.compression.method": self.method,
             "recsys.data_parallel.mode": self.mode,
             **({"recsys.data_parallel.look_ahead": True} if self.look_ahead else {}),
@@ -45,7 +49,8 @@ class Plan:
 
     def __str__(self) -> str:
         words = [f"pipe {self.pipe} x data {self.data} x tensor {self.tensor}"]
-        words.append(f"{self.micro_batches} micro-batches of {self.micro_batch}")
+        sizes = "/".join(map(str, self.shares)) or self.micro_batch
+        words.append(f"{self.micro_batches} micro-batches of {sizes}")
         if self.data > 1:
             words.append(
                 f"{'fp32' if self.method == 'none' else self.method} gradients, {self.mode}{' looking ahead' * self.look_ahead}"

@@ -5,6 +5,8 @@ not cover, the sum of a tied table, and the optimizer. Compute covers what a sum
 reduction, which begins when all gradients are there; in mode "delayed" a whole step. Compressed gradients leave in buckets
 while the last backward pass goes on, each when it is ready and the link is free: what reaches beyond the pass counts, and
 that is at least the first layers' bucket. What a sum takes of the device itself, to encode, is never covered.
+
+Where devices are not equally fast, replicas take parts of the micro-batch by their speed, unless the facts give the parts.
 """
 
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from itertools import pairwise
 from ds_recsys.balance.costs import LayerCost, Link, PipelineCosts, StageCost
 from ds_recsys.balance.costs import predict as predict_pipeline
 from ds_recsys.balance.partition import partition
+from ds_recsys.data.batches import apportion
 from ds_recsys.planner.facts import Facts
 from ds_recsys.planner.plan import Plan
 
@@ -24,7 +27,7 @@ _AHEAD = 9  # copies that looking ahead takes beside an optimizer step: of all i
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of a step; `plan` with the bounds that they hold for.
+    """Seconds of a step; `plan` with the bounds and shares that they hold for.
 
     Attributes:
         compute: of the micro-batches, on the stage that has most to do, without waiting.
@@ -52,6 +55,7 @@ def predict(facts: Facts, plan: Plan, zero_stage: int = 0) -> Forecast:
         UserError: no cut fits in memory, or there are fewer layers than stages.
         KeyError: the facts do not cover the plan.
     """
+    plan = replace(plan, shares=_shares(facts, plan))
     costs = _costs(facts, plan, zero_stage)
     bounds = partition(costs, plan.micro_batches)
     alone = replace(costs, stages=tuple(replace(stage, reduction=0.0, optimizer=0.0) for stage in costs.stages))
@@ -80,6 +84,24 @@ def predict(facts: Facts, plan: Plan, zero_stage: int = 0) -> Forecast:
     )
 
 
+def _shares(facts: Facts, plan: Plan) -> tuple[int, ...]:
+    """Windows of each replica in a micro-batch of all; empty for equal parts."""
+    total, slow = plan.micro_batch * plan.data, _replica_slowdowns(facts, plan)
+    if facts.shares:
+        return tuple(apportion(facts.shares, total)) if len(facts.shares) == plan.data else ()
+    paces = [max(stage[replica] for stage in slow) for replica in range(plan.data)]
+    if plan.mode not in ("sync", "delayed") or len(set(paces)) == 1:
+        return ()
+    return tuple(apportion([1 / pace for pace in paces], total))
+
+
+def _replica_slowdowns(facts: Facts, plan: Plan) -> list[list[float]]:
+    """By stage and replica, that of the slowest tensor rank."""
+    ranks = plan.data * plan.tensor
+    starts = [[stage * ranks + replica * plan.tensor for replica in range(plan.data)] for stage in range(plan.pipe)]
+    return [[max(facts.slowdowns[start : start + plan.tensor]) for start in stage] for stage in starts]
+
+
 def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
     """The plan's pipeline in the terms of `ds_recsys.balance`."""
     layers = facts.layers[plan.tensor]
@@ -91,6 +113,10 @@ def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
     optimizer = facts.optimizer + plan.look_ahead * (facts.optimizer + _AHEAD * facts.copy)
     ranks = plan.data * plan.tensor
     of_stage = [range(stage * ranks, (stage + 1) * ranks) for stage in range(plan.pipe)]
+    shares = plan.shares or (plan.micro_batch,) * plan.data
+    slow = _replica_slowdowns(facts, plan)
+    # of the mean micro-batch on the fastest device
+    loads = [max(pace * share / plan.micro_batch for pace, share in zip(stage, shares, strict=True)) for stage in slow]
     first = len(layers) - facts.tail + 1
     return PipelineCosts(
         layers=[
@@ -100,20 +126,20 @@ def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
                 weight_bytes=_FP32 * layer.parameters // plan.tensor,
                 trainable_bytes=_FP32 * layer.parameters // plan.tensor,
                 optimizer_bytes=round(extra * layer.parameters) // plan.tensor // shards,
-                activation_bytes=round(layer.activation_bytes * plan.micro_batch),
-                boundary_bytes=round(layer.boundary_bytes * plan.micro_batch),
+                activation_bytes=round(layer.activation_bytes * max(shares)),
+                boundary_bytes=round(layer.boundary_bytes * max(shares)),
                 joined=index >= first,
             )
             for index, layer in enumerate(layers)
         ],
         stages=[
             StageCost(
-                slowdown=max(facts.slowdowns[rank] for rank in inside),
+                slowdown=load,
                 memory_limit=facts.memory_limit,
                 reduction=seconds / _FP32,
-                optimizer=optimizer / _FP32 / shards,
+                optimizer=max(paces) / load * optimizer / _FP32 / shards,
             )
-            for inside in of_stage
+            for load, paces in zip(loads, slow, strict=True)
         ],
         links=[_link(facts, ranks, inside[-1], inside[-1] + 1) for inside in of_stage[:-1]],
     )

@@ -33,6 +33,7 @@ class Batch:
     """One global batch of the config's log, the same in every step and mode, so that all steps cost the same."""
 
     def __init__(self, config, data_size: int, data_rank: int):
+        self._shares = config.recsys.data_shares
         dataset, cache = config.recsys.dataset, config.recsys.dataset.cache_dir
         self.interactions = load_interactions(dataset, cache)
         self.size, self._data, self._seed = config.train_batch_size, (data_size, data_rank), config.recsys.seed
@@ -49,6 +50,7 @@ class Batch:
             data_size=data_size,
             data_rank=data_rank,
             seed=self._seed,
+            shares=None if alone else self._shares,
         )
         return next(batches.epoch_iterator(0))
 

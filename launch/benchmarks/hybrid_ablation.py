@@ -85,6 +85,8 @@ def without(values: dict, spec) -> dict[str, dict]:
             found["sums within hosts"] = {"recsys.compression.hierarchical": False}
     if values.get("optimizer.params.fused"):
         found["fused AdamW"] = {"optimizer.params.fused": False}
+    if values.get("recsys.data_shares"):
+        found["parts by speed"] = {"recsys.data_shares": None}
     if pipe > 1 and "recsys.partition.bounds" in values:
         found["measured cut"] = {"recsys.partition.bounds": None, "recsys.partition.method": "parameters"}
     if pipe * values["recsys.tensor"] > 1:
@@ -94,6 +96,7 @@ def without(values: dict, spec) -> dict[str, dict]:
             "recsys.pipe": 1,
             "recsys.data": world,
             "recsys.tensor": 1,
+            "recsys.data_shares": None,
             "recsys.partition.bounds": None,
             "recsys.partition.method": "parameters",
             "train_micro_batch_size_per_gpu": batch // world,

@@ -194,6 +194,7 @@ def _said(values: dict) -> str:
     method, mode = values["recsys.compression.method"], values["recsys.data_parallel.mode"]
     mode += " looking ahead" if values.get("recsys.data_parallel.look_ahead") else ""
     count, size = values["gradient_accumulation_steps"], values["train_micro_batch_size_per_gpu"]
+    size = "/".join(map(str, values.get("recsys.data_shares") or [size]))
     words = f"pipe {pipe} x data {data} x tensor {tensor}, {count} of {size}"
     return words + (f", {'fp32' if method == 'none' else method}, {mode}" if data > 1 else "")
 
