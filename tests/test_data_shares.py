@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from bench_runs import whole_grid
 from distributed import run_on_grid
 from logs import config, write_log
 from test_data_batches import GRIDS, rows_of, steps_of, windows, x  # noqa: F401
@@ -80,10 +81,10 @@ def _losses(run_dir):
 @pytest.mark.parametrize(
     "grid, mode, method",
     [
-        ((1, 2, 1), "sync", "none"),
+        ((2, 2, 1), "sync", "none"),
         ((1, 2, 1), "delayed", "none"),
-        ((2, 2, 1), "sync", "int8"),
-        ((1, 2, 2), "sync", "none"),
+        pytest.param((1, 2, 1), "sync", "int8", marks=whole_grid),
+        pytest.param((1, 2, 2), "sync", "none", marks=whole_grid),
     ],
 )
 def test_training_is_that_of_equal_parts(folder, grid, mode, method):
