@@ -80,11 +80,11 @@ class Arms:
             result["busy"] = mean(split["compute"] / sum(split.values()) for split in splits)
         return result
 
-    def ready(self, micro_batches: list[int], names: list[str] | None = None) -> None:
-        """Wait until every arm, or those named, has made its engine, and warm each up with a step of each kind."""
+    def ready(self, micro_batches: list[int], names: list[str] | None = None, steps: int = 1) -> None:
+        """Wait until every arm, or those named, has made its engine, and warm each up with steps of each kind."""
         for name in names or self.names:
             for m in micro_batches:
-                self._mail[name].ask({"micro_batches": m, "warmup": 1, "steps": 0, "alone": False}, _START_SECONDS)
+                self._mail[name].ask({"micro_batches": m, "warmup": steps, "steps": 0, "alone": False}, _START_SECONDS)
 
     @contextlib.contextmanager
     def in_haste(self):

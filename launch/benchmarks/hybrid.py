@@ -15,7 +15,7 @@ from benchmarks.arms import Arms
 from benchmarks.baselines import DDP, TOPOLOGIES, UNEVEN, Turn, ideal_seconds_of
 from benchmarks.baselines_report import IDEAL
 from benchmarks.harness import ROOT, load
-from benchmarks.hybrid_ablation import ablation, micro_batches
+from benchmarks.hybrid_ablation import WARMUP, ablation, micro_batches
 from benchmarks.hybrid_report import OURS, figures, plot, table
 from benchmarks.hybrid_scaling import DEVICES, scaling
 from benchmarks.modes_arms import AHEAD
@@ -158,7 +158,7 @@ def _start_ours(cluster, arms: Arms, items: int, options) -> dict:
     print(f"\n{plan['reason']}", flush=True)
     count = micro_batches(plan["values"])
     with arms.in_haste():
-        arms.ready([count], [OURS])
+        arms.ready([count], [OURS], WARMUP)
     return {**plan, "micro_batches": count}
 
 

@@ -12,6 +12,7 @@ from benchmarks.repeats import interleaved
 
 _TOGETHER = 3  # beside the whole plan: more jobs at once take more than the memory of such a machine
 _STEPS = 3  # of a measurement
+WARMUP = 3  # steps after which an average that comes a step late has touched all its memory
 
 
 def ablation(options, plans: list[dict], kept: list[dict]) -> Iterator[dict]:
@@ -63,7 +64,7 @@ def _measured(cluster, plan: dict, options) -> Iterator[dict]:
                     arms.start(name, "deepspeed", values)
                     turns[name] = Turn(cluster, arms, name, micro_batches(values), warmup=1, steps=_STEPS, **links)
                 for name, turn in turns.items():
-                    arms.ready([turn.micro_batches], [name])
+                    arms.ready([turn.micro_batches], [name], WARMUP)
             for row in interleaved(turns, options.repeats, warmup=0, budget_s=options.seconds, progress=label):
                 yield {**place, "mode": row.pop("arm"), "group": first, **row}
     yield {**place, "mode": "whole", "values": plan["values"]}
