@@ -224,6 +224,7 @@ def test_a_slow_replica_gets_fewer_windows():
     # every replica is as slow as its slowest stage, and where all are alike nothing is dealt out
     assert predict(facts, Plan(2, 2, 1, 16, 2)).plan.shares in ((21, 11), (22, 10))
     assert predict(replace(facts, slowdowns=(1.0,) * 4), plan).plan.shares == ()
+    assert predict(facts, Plan(2, 2, 1, 1, 32)).plan.shares == ()  # a window to each
     assert predict(facts, Plan(1, 4, 1, 16, 1, "none", "local_sgd")).plan.shares == ()
     assert "recsys.data_shares" not in plan.values()
     chosen = _chosen(facts)

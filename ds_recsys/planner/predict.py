@@ -92,7 +92,8 @@ def _shares(facts: Facts, plan: Plan) -> tuple[int, ...]:
     paces = [max(stage[replica] for stage in slow) for replica in range(plan.data)]
     if plan.mode not in ("sync", "delayed") or len(set(paces)) == 1:
         return ()
-    return tuple(apportion([1 / pace for pace in paces], total))
+    parts = tuple(apportion([1 / pace for pace in paces], total))
+    return parts if len(set(parts)) > 1 else ()
 
 
 def _replica_slowdowns(facts: Facts, plan: Plan) -> list[list[float]]:
