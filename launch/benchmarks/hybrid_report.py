@@ -1,6 +1,7 @@
 """What the rows of hybrid.py show: ours against single modes, DeepSpeed's hybrid and the ideal; what each part gives."""
 
 import statistics
+import textwrap
 from pathlib import Path
 
 from benchmarks import plots
@@ -11,11 +12,9 @@ from benchmarks.modes_report import by_seed
 from benchmarks.repeats import groups, median, spread
 
 OURS, ALONE = "ours", "alone"
-_ROOM, _HEAVY, _SLOW = (
-    0.65,
-    100_000,
-    4.0,
-)  # a best single mode below leaves room; items of the heavy catalogue; the 4x preset
+_ROOM = 0.65  # of the ideal: a best single mode below leaves room
+_HEAVY, _SLOW = 100_000, 4.0  # items of the heavy catalogue; the 4x preset
+_WIDTH = 34  # characters of a title in the plot
 _NAMES = {
     "2x2": "2 hosts x 2 devices",
     "4x1": "4 hosts x 1 device",
@@ -185,7 +184,7 @@ def plot(rows: list[dict], path: Path) -> None:
                     shares.append(one.ideal / took if took and one.ideal else float("nan"))
                 at = [x + 0.27 * (i - 1) for x in range(len(ratios))]
                 axis.bar(at, shares, 0.25, color=colour[bar], label=bar)
-            axis.set_title(f"{_NAMES[place[0]]}, {place[1]:,} items")
+            axis.set_title(textwrap.fill(f"{_NAMES[place[0]]}, {place[1]:,} items", _WIDTH))
         label_shares(axes[0], ratios)
 
 
