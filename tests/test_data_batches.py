@@ -17,7 +17,7 @@ from ds_recsys.data import (
     leave_one_out,
     packages,
 )
-from ds_recsys.data.batches import moments_of
+from ds_recsys.data.batches import apportion, moments_of
 from ds_recsys.errors import UserError
 
 GRIDS = [(1, 12, 1), (2, 3, 2), (3, 2, 2), (3, 1, 4), (12, 1, 1), (1, 3, 4)]  # micro_batch, micro_batches, data_size
@@ -125,6 +125,29 @@ def test_scale_gives_the_global_mean(windows, grid):
         labels = labels[labels != -100].double()
         assert batches.supervised(number) == len(labels)
         assert np.mean([np.mean(rank) for rank in losses]) == pytest.approx(labels.mean().item(), rel=1e-12)
+
+
+def test_parts_are_as_the_shares_and_never_empty():
+    assert sum(apportion([1, 1, 1, 0.5], 64)) == 64
+    assert apportion([18, 18, 19, 9], 64) == [18, 18, 19, 9]
+    assert apportion([1000, 1], 4) == [3, 1]
+    assert apportion([1, 1], 2) == [1, 1]
+    slowest = [count / share for count, share in zip(apportion([1, 1, 1, 0.5], 64), [1, 1, 1, 0.5], strict=True)]
+    assert max(slowest) == 19  # 18.3 where windows could be cut
+
+
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid[2] > 1])
+def test_a_step_holds_the_same_windows_and_weighs_them_the_same(windows, grid):
+    micro_batch, micro_batches, data_size = grid
+    shares = [3.0, *[1.0] * (data_size - 1)]
+    parts = apportion(shares, micro_batch * data_size)
+    for even, uneven in zip(steps_of(windows, *grid)[1], steps_of(windows, *grid, shares=shares)[1], strict=True):
+        assert rows_of(even) == rows_of(uneven)
+        assert [{len(inputs) for inputs, _ in rank} for rank in uneven] == [{part} for part in parts]
+        assert all(len(rank) == micro_batches for rank in uneven)
+        assert {float(scale) for rank in even for _, (_, scale) in rank} == {
+            float(scale) for rank in uneven for _, (_, scale) in rank
+        }
 
 
 def test_order_depends_on_seed_and_epoch_only(windows):

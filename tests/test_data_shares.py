@@ -7,12 +7,10 @@ import torch
 from bench_runs import whole_grid
 from distributed import run_on_grid
 from logs import config, write_log
-from test_data_batches import GRIDS, rows_of, steps_of, windows, x  # noqa: F401
 
 import ds_recsys
 from ds_recsys import UserError
 from ds_recsys.config import load_config
-from ds_recsys.data.batches import apportion
 
 _LLAMA = {
     "model_type": "llama",
@@ -22,29 +20,6 @@ _LLAMA = {
     "num_attention_heads": 4,
     "initializer_range": 0.1,
 }
-
-
-def test_parts_are_as_the_shares_and_never_empty():
-    assert sum(apportion([1, 1, 1, 0.5], 64)) == 64
-    assert apportion([18, 18, 19, 9], 64) == [18, 18, 19, 9]
-    assert apportion([1000, 1], 4) == [3, 1]
-    assert apportion([1, 1], 2) == [1, 1]
-    slowest = [count / share for count, share in zip(apportion([1, 1, 1, 0.5], 64), [1, 1, 1, 0.5], strict=True)]
-    assert max(slowest) == 19  # 18.3 where windows could be cut
-
-
-@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid[2] > 1])
-def test_a_step_holds_the_same_windows_and_weighs_them_the_same(windows, grid):  # noqa: F811
-    micro_batch, micro_batches, data_size = grid
-    shares = [3.0, *[1.0] * (data_size - 1)]
-    parts = apportion(shares, micro_batch * data_size)
-    for even, uneven in zip(steps_of(windows, *grid)[1], steps_of(windows, *grid, shares=shares)[1], strict=True):
-        assert rows_of(even) == rows_of(uneven)
-        assert [{len(inputs) for inputs, _ in rank} for rank in uneven] == [{part} for part in parts]
-        assert all(len(rank) == micro_batches for rank in uneven)
-        assert {float(scale) for rank in even for _, (_, scale) in rank} == {
-            float(scale) for rank in uneven for _, (_, scale) in rank
-        }
 
 
 @pytest.fixture(scope="module")

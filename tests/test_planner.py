@@ -207,6 +207,7 @@ def test_a_model_that_does_not_fit_is_cut():
 
 def test_a_slow_host_gets_fewer_layers():
     facts = _facts((0, 0, 1, 1), slowdowns=(1.0, 1.0, 3.0, 3.0))
+    assert _chosen(replace(facts, shares=(1, 1, 1, 1))).pipe > 1  # with equal parts of the batch
     forecast = predict(facts, Plan(2, 2, 1, 4, 8))
     assert forecast.plan.bounds == (0, 6, 8)
     assert "3.0 times as slow" in decide(facts, [forecast.plan]).describe(facts)

@@ -33,8 +33,8 @@ class BlockCompressor(Compressor):
         of x are not finite. `seed` is the first block's. Must not wait for the device."""
         raise NotImplementedError
 
-    def _decode_rows(self, rows: Tensor, length: int) -> Tensor:
-        """uint8 [B, row_bytes] -> fp32 [B, length]."""
+    def _decode_chunk(self, rows: Tensor, out: Tensor, add: bool, seed: int) -> None:
+        """out fp32 [B, length] <- the values of rows uint8 [B, row_bytes], or out + them. `seed` is the first block's."""
         raise NotImplementedError
 
     def _not_finite(self, length: int) -> Tensor:
@@ -65,10 +65,6 @@ class BlockCompressor(Compressor):
             return
         for start, stop, rows in self._chunks(payload, out):
             self._decode_chunk(rows, out[start:stop].view(len(rows), -1), add, seed + start // self.block)
-
-    def _decode_chunk(self, rows: Tensor, out: Tensor, add: bool, seed: int) -> None:
-        values = self._decode_rows(rows, out.shape[1])
-        out.add_(values) if add else out.copy_(values)
 
     def _encode_in_torch(self, gradient, payload, residual, multiplier, error, seed) -> bool:
         outcomes = []
@@ -103,6 +99,18 @@ class BlockCompressor(Compressor):
             assert tensor is None or (
                 tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.numel() == numel
             ), f"{self.name}: values are contiguous and fp32, {numel} of them"
+
+
+class DenseBlockCompressor(BlockCompressor):
+    """A row holds every value of its block."""
+
+    def _decode_rows(self, rows: Tensor, length: int) -> Tensor:
+        """uint8 [B, row_bytes] -> fp32 [B, length]."""
+        raise NotImplementedError
+
+    def _decode_chunk(self, rows, out, add, seed):
+        values = self._decode_rows(rows, out.shape[1])
+        out.add_(values) if add else out.copy_(values)
 
 
 def to_bytes(values: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ds_recsys.comm.compressors.base import Compressor
-from ds_recsys.comm.compressors.blocks import BlockCompressor, from_bytes, to_bytes
+from ds_recsys.comm.compressors.blocks import DenseBlockCompressor, from_bytes, to_bytes
 
 BFLOAT16_CONTRACTION = 2.0**-16
 
@@ -35,7 +35,7 @@ class Float32(Compressor):
         out.add_(values) if add else out.copy_(values)
 
 
-class BFloat16(BlockCompressor):
+class BFloat16(DenseBlockCompressor):
     """Rounded to bf16, half to even: wire_bytes(n) = 2n. What would round to infinity is sent as the largest bf16, about
     3.39e38; infinities and NaN as NaN."""
 

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_recsys.comm.compressors.blocks import TINY, BlockCompressor, from_bytes, to_bytes
+from ds_recsys.comm.compressors.blocks import TINY, DenseBlockCompressor, from_bytes, to_bytes
 from ds_recsys.comm.compressors.rotation import LIMIT, rotate, rotate_back
 
 
-class Quantiser(BlockCompressor):
+class Quantiser(DenseBlockCompressor):
     """x -> scale * round(x / scale), half to even, with scale = max |x| / levels over the block.
 
     A row is the scale, then the codes. Blocks with max |x| < 2^-120 are sent as zero (scale 0), and all of x stays in

@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from ds_recsys.comm.compressors.blocks import TINY, BlockCompressor, from_bytes, to_bytes
+from ds_recsys.comm.compressors.blocks import TINY, DenseBlockCompressor, from_bytes, to_bytes
 
 
-class Sign(BlockCompressor):
+class Sign(DenseBlockCompressor):
     """x -> sign(x) * mean |x| of the block: wire_bytes(n) = ceil(n / 8) + 4 ceil(n / 1024).
 
     A row is the scale, then the bits, 1 for values with the sign bit set: bit b of byte j of a block of m values is of
