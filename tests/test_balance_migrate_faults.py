@@ -70,10 +70,9 @@ _FAULTS = {
     "a byte has changed": lambda: mock.patch.object(parcels, "checksum", lambda values: 7),
     "a layer cannot be built": lambda: mock.patch.object(LayerSpec, "build", _refuses),
     "no memory for a layer": lambda: mock.patch.object(parcels, "room_for", _refuses),
-    "no memory at the sender": lambda: mock.patch.object(parcels, "room_for", _refuses),
-    "a layer cannot be packed": lambda: mock.patch.object(parcels, "pack", _refuses),
+    "a layer cannot be sent": lambda: mock.patch.object(parcels, "contents", _refuses),
 }
-_AT_THE_SENDER = ("no memory at the sender", "a layer cannot be packed")
+_AT_THE_SENDER = ("a layer cannot be sent",)
 
 
 def _fail(setup, fault):

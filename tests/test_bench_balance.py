@@ -42,16 +42,14 @@ def trial(after, repeat, moved=(15,), pipe=4):
     }
 
 
-def overhead(arm, seconds, cpu, repeat=0):
-    return {
-        **{"part": "nothing", "pipe": 4, "kind": "overhead", "arm": arm, "repeat": repeat},
-        **{"seconds": [0.1, seconds, 9.0], "cpu_seconds": cpu, "moved": [], "moves": []},
-    }
+def overhead(seconds, cpu, repeat=0):
+    row = {"part": "nothing", "pipe": 4, "kind": "overhead", "repeat": repeat, "moved": []}
+    return {**row, "seconds": seconds, "cpu_seconds": cpu}
 
 
 def jitter(moved, changes=20):
     row = {"part": "nothing", "pipe": 4, "kind": "jitter", "start": 0, "jitter": 0.1, "changes": changes}
-    return {**row, "seconds": [0.4] * 50, "moved": moved, "cpu_seconds": 0.1}
+    return {**row, "seconds": [0.4] * 50, "moved": moved, "cpu_seconds": [0.1] * 50}
 
 
 def pause(arm, seconds, repeat=0):
@@ -61,17 +59,18 @@ def pause(arm, seconds, repeat=0):
 
 ROWS = [
     {"part": "calibration", "pipe": 4, "kind": "calibration", "what": "host0", "expected": 0.4, "measured": 0.39},
-    *(cut("straggler", name, seconds, repeat, when="after") for repeat, times in enumerate(((4, 5, 2), (8, 9, 4)))
-      for name, seconds in zip(("parameters", "uniform", "best"), times, strict=True)),
-    trial(2.5, 0),
-    trial(4.0, 1, moved=(16, 20)),
+    *(cut("straggler", name, seconds, repeat, when="after") for repeat, times in enumerate(((4, 5, 2, 2.5), (8, 9, 4, 4)))
+      for name, seconds in zip(("parameters", "uniform", "best", "reached"), times, strict=True)),
+    trial(2.6, 0),
+    trial(4.1, 1, moved=(16, 20)),
     cut("straggler", "parameters", 2.0, when="before"),
     *(cut(part, name, seconds) for part, times in (("hardware", (3, 4, 2.5, 2)), ("head", (3, 3.5, 3, 3)))
       for name, seconds in zip(("parameters", "uniform", "profile", "best"), times, strict=True)),
     *(cut("split head", name, 2.0, stages=(0.1, 0.1, 0.1, 0.14)) for name in ("parameters", "profile")),
     *(cut("head", name, seconds, pipe=2) for name, seconds in (("parameters", 1.4), ("profile", 1.0), ("best", 1.0))),
     {"part": "head", "pipe": 4, "kind": "share", "head_share": 0.5, "layer_seconds": [1, 1], "parameters": 9},
-    *(overhead("off", 0.40, 0.2), overhead("on", 0.42, 0.21), overhead("off again", 0.44, 0.2)),
+    overhead([1.0, 1.2, 1.4, 1.6], [0.2, 0.21, 0.21, 0.2]),  # drifts, and nothing else
+    overhead([1.0, 1.3, 1.3, 1.0], [0.2, 0.21, 0.21, 0.2], 1),
     *(jitter([]), jitter([7])),
     *(pause("migrate", 1.0), pause("migrate back", 0.5), pause("reload", 15.0)),
     *({"part": "solver", "pipe": 4, "kind": "solver", "layers": 100, "stages": 16, "seconds": seconds}
@@ -105,9 +104,10 @@ def test_the_other_figures():
     assert figures["hardware_pipe4"] == pytest.approx(
         {"over parameters": 1.2, "over uniform": 1.6, "over best": 0.8}, rel=1e-6
     )
-    assert figures["overhead"] == pytest.approx(0, abs=1e-9)
-    assert figures["overhead_noise"] == pytest.approx(0.1)
-    assert figures["overhead_cpu"] == pytest.approx(0.05)
+    assert figures["overhead"] == pytest.approx(0.3 / 2)
+    assert figures["overhead_noise"] == pytest.approx(0.3 / 2)  # standard error of 0 and 0.3
+    assert (figures["overhead_cpu"], figures["overhead_noise_cpu"]) == pytest.approx((0.05, 0.0))
+    assert figures["overhead_steps"] == 8
     assert (figures["false_moves"], figures["jittered_steps"]) == (1, 100)
     assert figures["migration_vs_reload"] == pytest.approx(20.0)
     assert figures["migration_mb"] == pytest.approx(150.0)
@@ -131,7 +131,7 @@ def test_parts_that_are_not_measured_again_are_taken_over():
 
 def test_the_table_and_the_plot(tmp_path):
     table = balance.table(ROWS)
-    assert "| 4 stages, a device at half speed | adaptive |  | 3.25 | 23% | 25% | 0.40 |" in table
+    assert "| 4 stages, a device at half speed | adaptive |  | 3.35 | 22% | 25% | 0.40 |" in table
     assert "| 4 stages, devices of one speed | parameters | 0-8-15-22-30 | 2.00 | 0% | 30% | 0.40 |" in table
     assert "bounds 0-9-13-21-30, 7 steps after the change; 12.0 MB in 0.20 s" in table
     assert "1 moves in 100 steps" in table and "15.00 s, 20.0 times as long" in table
@@ -202,7 +202,7 @@ class _Pipeline:
         self.calls.append(("watch", method))
 
     def unwatch(self):
-        return {"records": [], "moves": []}
+        return {"records": [], "moves": [{"bounds": [0, 9, 13, 21, 30]}]}
 
     def costs(self, most):
         return {"cuts": [{"bounds": [0, 7, 14, 21, 30]}]}
@@ -212,7 +212,7 @@ class _Pipeline:
         moved = [] if self._since is None or not 0 <= 2 - self._since < steps else [2 - self._since]
         if self._since is not None:
             self._since += steps
-        row = {"seconds": [9.0 if step in moved else 1.0 for step in range(steps)], "moved": moved, "cpu_seconds": 0.1}
+        row = {"seconds": [9.0 if step in moved else 1.0 for step in range(steps)], "moved": moved}
         return {**row, "split": [split(0.5, 0.5)] * 4, "idle": 0.5}
 
     def search(self, *_):
@@ -232,9 +232,11 @@ def test_a_trial_slows_one_device_between_two_steps_and_counts_from_there():
         assert one["seconds"].index(9.0) == one["moved"][0] == one["change"] + 2
         assert len(one["seconds"]) > one["change"] + 10 and one["after"]["seconds"] == 1.0
     slow = [0.4, 0.2, 0.4, 0.4]
-    assert [row["speeds"] == slow for row in rows if row.get("when") == "after"] == [True] * 6
+    assert [row["speeds"] == slow for row in rows if row.get("when") == "after"] == [True] * 8
     assert [row["speeds"] == [0.4] * 4 for row in rows if row.get("when") == "before"] == [True] * 4
     assert {row["repeat"] for row in rows if row.get("when") == "after"} == {0, 1}
+    reached = [row["bounds"] for row in rows if row["kind"] == "cut" and row["cut"] == "reached"]
+    assert reached == [[0, 9, 13, 21, 30]] * 2
 
 
 def test_jitter_changes_all_speeds_a_little_and_puts_them_back(monkeypatch):

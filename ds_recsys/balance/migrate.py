@@ -87,10 +87,9 @@ def migrate(
         sent = 0
         if bounds != old:
             outgoing = reports[dist.get_rank()].outgoing
-            arriving, rooms = _all_or_none(old, lambda: _prepare(engine, moves, reports))
-            sent, failures = _transfer(engine, moves, layers, outgoing, shares, arriving, rooms)
+            arriving = _all_or_none(old, lambda: _prepare(engine, moves, reports))
+            sent, failures = _transfer(engine, moves, layers, outgoing, shares, arriving)
             _all_or_none(old, lambda: _inspect(arriving, failures))
-            del rooms
             gone = [layers.pop(unit.name) for unit in parts if stage in unit.stages(old) - unit.stages(bounds)]
             for parameter in (parameter for layer in gone for parameter in layer.parameters()):
                 shares.pop(parameter, None)
@@ -124,28 +123,27 @@ def _problem(engine, bounds: list[int]) -> str | None:
 
 @dataclass
 class _Arrival:
-    """A layer on its way: the module that will be it, and the memory that its bytes go to."""
+    """A layer on its way: the module that will be it, the memory that its tensors go to, and their checksum at the sender."""
 
-    move: Move
     label: parcels.Label
+    name: str
     layer: nn.Module
-    parcel: Tensor
+    tensors: list[Tensor]
+    checksum: Tensor
     sender: int
 
 
-def _prepare(engine, moves: Sequence[Move], reports: Sequence[Report]) -> tuple[list[_Arrival], dict[int, Tensor]]:
-    """Build what this rank is to receive, and take the memory for it and for one parcel at a time to each other stage."""
-    stage, arriving, sizes = engine.module.stage_id, [], {}
+def _prepare(engine, moves: Sequence[Move], reports: Sequence[Report]) -> dict[Move, _Arrival]:
+    """Build what this rank is to receive, and take the memory for it."""
+    arriving = {}
     for move in moves:
-        if move.target == stage:
+        if move.target == engine.module.stage_id:
             sender = compat_stages.rank_of_stage(engine.module, move.source)
             label = reports[sender].outgoing[move.unit.name]
-            layer = _built(engine.module, move, label)
-            arriving.append(_Arrival(move, label, layer, parcels.room_for(label.size, engine.device), sender))
-        elif move.source == stage:
-            size = reports[dist.get_rank()].outgoing[move.unit.name].size
-            sizes[move.target] = max(size, sizes.get(move.target, 0))
-    return arriving, {target: parcels.room_for(size, engine.device) for target, size in sizes.items()}
+            layer, tensors = _built(engine.module, move, label), parcels.room_for(label, engine.device)
+            told = torch.zeros(1, dtype=torch.int64, device=engine.device)
+            arriving[move] = _Arrival(label, move.unit.name, layer, tensors, told, sender)
+    return arriving
 
 
 def _built(module, move: Move, label: parcels.Label) -> nn.Module:
@@ -166,63 +164,66 @@ def _built(module, move: Move, label: parcels.Label) -> nn.Module:
 
 
 def _transfer(
-    engine,
-    moves: Sequence[Move],
-    layers: dict,
-    outgoing: dict,
-    shares: dict,
-    arriving: Sequence[_Arrival],
-    rooms: dict[int, Tensor],
+    engine, moves: Sequence[Move], layers: dict, outgoing: dict, shares: dict, arriving: dict[Move, _Arrival]
 ) -> tuple[int, list[Exception]]:
     """Send and receive, one layer at a time between any two stages; returns the bytes sent and what went wrong here.
 
-    What cannot be packed is sent all the same: the receiver waits for it, and all are told afterwards.
+    Tensors leave from where they are and arrive where they stay. What cannot be sent is replaced by bytes of any value: the
+    receiver waits for it, and all are told afterwards.
     """
     stage, sent, failures = engine.module.stage_id, 0, []
-    coming = {arrival.move: arrival for arrival in arriving}
     for batch in units.in_rounds(moves):
-        work = []
+        leaving, work = [], []
         for move in batch:
             if move.source == stage:
-                name = move.unit.name
-                parcel = rooms[move.target][: outgoing[name].size]
+                name, peer = move.unit.name, compat_stages.rank_of_stage(engine.module, move.target)
                 try:
-                    parcels.pack(parcel, outgoing[name], layers[name], shares, others_of(engine, name))
+                    contents = parcels.contents(layers[name], shares, others_of(engine, name), engine.device)
                 except Exception as error:
                     failures.append(error)
-                work.append(dist.P2POp(dist.isend, parcel, compat_stages.rank_of_stage(engine.module, move.target)))
-                sent += parcel.numel()
+                    contents = [parcels.as_bytes(tensor) for tensor in parcels.room_for(outgoing[name], engine.device)]
+                leaving.append((contents, peer))
+                work += [dist.P2POp(dist.isend, values, peer) for values in contents if values.numel()]
+                sent += outgoing[name].size
             elif move.target == stage:
-                work.append(dist.P2POp(dist.irecv, coming[move].parcel, coming[move].sender))
-        for pending in dist.batch_isend_irecv(work) if work else ():
-            pending.wait()
+                values = map(parcels.as_bytes, arriving[move].tensors)
+                work += [dist.P2POp(dist.irecv, each, arriving[move].sender) for each in values if each.numel()]
+        pending = dist.batch_isend_irecv(work) if work else []
+        work = []
+        for contents, peer in leaving:  # which are on their way meanwhile
+            told = torch.tensor([parcels.checksum(contents)], device=engine.device)
+            work.append(dist.P2POp(dist.isend, told, peer))
+        work += [
+            dist.P2POp(dist.irecv, arriving[move].checksum, arriving[move].sender)
+            for move in batch
+            if move.target == stage
+        ]
+        for each in [*pending, *(dist.batch_isend_irecv(work) if work else ())]:
+            each.wait()
     return sent, failures
 
 
-def _inspect(arriving: Sequence[_Arrival], failures: Sequence[Exception]) -> None:
+def _inspect(arriving: dict[Move, _Arrival], failures: Sequence[Exception]) -> None:
     if failures:
         raise failures[0]
-    for arrival in arriving:
-        if not parcels.is_intact(arrival.parcel):
-            raise ValueError(
-                f"layer {arrival.move.unit.name} from rank {arrival.sender} has another checksum than there"
-            )
+    for arrival in arriving.values():
+        if int(arrival.checksum) != parcels.checksum(list(map(parcels.as_bytes, arrival.tensors))):
+            raise ValueError(f"layer {arrival.name} from rank {arrival.sender} has another checksum than there")
 
 
-def _rebuild(engine, bounds: list[int], layers: dict, shares: dict, arriving: list[_Arrival], make_optimizer) -> int:
+def _rebuild(engine, bounds: list[int], layers: dict, shares: dict, arriving: dict, make_optimizer) -> int:
     """Make the stage of what stayed and what arrived; returns the bytes sent on the data axis."""
     compression, others = getattr(engine, "gradient_compression", None), {}
     try:
         if compression is not None:
             compression.detach()
         compat_stages.release_parameters(engine)
-        copy = compat_stages.is_unwrapped(engine)  # wrappers copy the state into buffers of theirs
-        while arriving:  # one after the other, so that memory is freed
-            arrival = arriving.pop(0)
-            arrived, beside = parcels.unpack(arrival.label, arrival.parcel, arrival.layer, copy)
+        for arrival in arriving.values():
+            arrived, beside = parcels.unpack(arrival.label, arrival.tensors, arrival.layer)
             shares |= arrived
             others |= beside
-            layers[arrival.move.unit.name] = arrival.layer
+            layers[arrival.name] = arrival.layer
+        arriving.clear()  # wrappers copy the state into buffers of theirs, a kind at a time, and each is freed then
         compat_stages.set_stage(engine.module, bounds, layers)
         compat_stages.name_parameters(engine)
         sent = rebuild_optimizer(engine, shares, make_optimizer)

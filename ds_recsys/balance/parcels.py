@@ -1,8 +1,8 @@
-"""A layer with its whole training state as one block of bytes: packed at its sender, checked and unpacked elsewhere."""
+"""A layer with its whole training state on its way to another rank: what is sent, the memory for it there, and its check."""
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch.nn import Parameter
 from ds_recsys.balance.optimizer_state import Share
 
 _CHECKSUM = 8  # bytes
-_ALIGNMENT = 64  # bytes; what torch aligns memory of its own to, and matrix kernels may round differently without
 _PARAMETER, _BUFFER, _STATE, _OTHER = "parameter", "buffer", "state", "other"
 
 Others = Mapping[tuple, Tensor]  # what goes with a layer beside: error feedback of its gradients
@@ -28,7 +27,6 @@ class Slot:
     key: str | tuple | None
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +49,11 @@ class Label:
 
     notes: dict[str, Note]
     slots: tuple[Slot, ...]
-    size: int  # bytes of a parcel: the tensors and, in the last eight, their checksum
+
+    @property
+    def size(self) -> int:
+        """Bytes that travel: the tensors and their checksum."""
+        return sum(slot.nbytes for slot in self.slots) + _CHECKSUM
 
     @property
     def names(self) -> dict[str, tuple[str, ...]]:
@@ -60,10 +62,8 @@ class Label:
 
 def label_of(layer: nn.Module, shares: Mapping[Parameter, Share], others: Others, tied: bool) -> Label:
     """Of a layer as it is now. A tied one leaves behind the mark on those copies that do not count in norms."""
-    notes, slots, offset = {}, [], 0
-    for kind, name, key, tensor in _tensors(layer, shares, others):
-        slots.append(Slot(kind, name, key, tensor.dtype, tuple(tensor.shape), offset))
-        offset += -(-slots[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
+    notes = {}
+    slots = [Slot(*place, tensor.dtype, tuple(tensor.shape)) for *place, tensor in _tensors(layer, shares, others)]
     for name, parameter in layer.named_parameters():
         share = shares.get(parameter)
         marks = {key: value for key, value in vars(parameter).items() if isinstance(value, (bool, int, float, str))}
@@ -73,7 +73,7 @@ def label_of(layer: nn.Module, shares: Mapping[Parameter, Share], others: Others
         moved = frozenset(key for key, value in numbers.items() if value is not share.numbers[key])
         plain = share and Share(share.group, share.start, share.numel, numbers=numbers)
         notes[name] = Note(parameter.requires_grad, marks, plain, moved)
-    return Label(notes, tuple(slots), offset + _CHECKSUM)
+    return Label(notes, tuple(slots))
 
 
 def _on_cpu(value):
@@ -92,34 +92,35 @@ def _tensors(layer: nn.Module, shares: Mapping[Parameter, Share], others: Others
         yield _OTHER, "", key, value
 
 
-def room_for(size: int, device: torch.device) -> Tensor:
-    """uint8 [size], of any values."""
-    return torch.empty(size, dtype=torch.uint8, device=device)
+def contents(layer: nn.Module, shares: Mapping[Parameter, Share], others: Others, device: torch.device) -> list[Tensor]:
+    """What is sent of a layer: uint8 [bytes] for each slot of its label. No copies of what lies in one piece on the device."""
+    return [as_bytes(tensor.to(device)) for *_, tensor in _tensors(layer, shares, others)]
 
 
-def pack(parcel: Tensor, label: Label, layer: nn.Module, shares: Mapping[Parameter, Share], others: Others) -> None:
-    """Fill `parcel`, uint8 [label.size], with the layer's tensors and the checksum of their bytes."""
-    for slot, (_, _, _, tensor) in zip(label.slots, _tensors(layer, shares, others), strict=True):
-        _view(parcel, slot).copy_(tensor)
-    parcel[-_CHECKSUM:] = torch.tensor([checksum(parcel[:-_CHECKSUM])]).view(torch.uint8)
+def room_for(label: Label, device: torch.device) -> list[Tensor]:
+    """The memory that a layer arrives in and lives in from then on: a tensor for each slot, of any values."""
+    return [torch.empty(slot.shape, dtype=slot.dtype, device=device) for slot in label.slots]
 
 
-def is_intact(parcel: Tensor) -> bool:
-    """Whether the bytes are those that were packed."""
-    return int(parcel[-_CHECKSUM:].cpu().clone().view(torch.int64)) == checksum(parcel[:-_CHECKSUM])
+def as_bytes(tensor: Tensor) -> Tensor:
+    """uint8 [bytes], a view where the tensor lies in one piece."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
-def checksum(values: Tensor) -> int:
-    """CRC-32 of uint8 [n]."""
-    return zlib.crc32(values.cpu().numpy().data)
+def checksum(contents: Sequence[Tensor]) -> int:
+    """CRC-32 of uint8 tensors, one after another."""
+    found = 0
+    for values in contents:
+        found = zlib.crc32(values.cpu().numpy(), found)
+    return found
 
 
 def unpack(
-    label: Label, parcel: Tensor, layer: nn.Module, copy: bool
+    label: Label, tensors: Sequence[Tensor], layer: nn.Module
 ) -> tuple[dict[Parameter, Share], dict[tuple, Tensor]]:
-    """Give a layer the weights and buffers of a parcel, and return the shares of its parameters and the others.
+    """Give a layer the weights and buffers that arrived, and return the shares of its parameters and the others.
 
-    The parameters stay the same objects. All but the shares get memory of their own, and with `copy` the shares too.
+    The parameters stay the same objects; the tensors become theirs.
     """
     parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
     shares: dict[str, Share] = {}
@@ -131,11 +132,9 @@ def unpack(
             setattr(parameters[name], key, value)
         if note.share is not None:
             numbers = dict(note.share.numbers)
-            numbers |= {key: numbers[key].to(parcel.device) for key in note.on_device}
+            numbers |= {key: numbers[key].to(tensors[0].device) for key in note.on_device}
             shares[name] = Share(note.share.group, note.share.start, note.share.numel, numbers=numbers)
-    for slot in label.slots:
-        value = _view(parcel, slot)
-        value = value.clone() if copy or slot.kind != _STATE else value
+    for slot, value in zip(label.slots, tensors, strict=True):
         if slot.kind == _STATE:
             shares[slot.name].tensors[slot.key] = value
         elif slot.kind == _OTHER:
@@ -143,10 +142,6 @@ def unpack(
         else:
             (parameters if slot.kind == _PARAMETER else buffers)[slot.name].data = value
     return {parameters[name]: share for name, share in shares.items()}, others
-
-
-def _view(parcel: Tensor, slot: Slot) -> Tensor:
-    return parcel[slot.offset : slot.offset + slot.nbytes].view(slot.dtype).view(slot.shape)
 
 
 def free(layer: nn.Module) -> None:

@@ -35,8 +35,8 @@ def arguments(parser) -> None:
     parser.add_argument("--items", type=int, default=16_000, help="that make the head half of the compute (16,000)")
     parser.add_argument("--cuts", type=int, default=6, help="most that are measured to find the best (6)")
     parser.add_argument("--within", type=float, default=0.1, help="of the predicted best, what is measured (0.1)")
-    parser.add_argument("--rounds", type=int, default=5, help="of steps with and without the partition (5)")
-    parser.add_argument("--round_steps", type=int, default=20, help="of each (20)")
+    parser.add_argument("--rounds", type=int, default=8, help="of steps with and without the partition (8)")
+    parser.add_argument("--round_steps", type=int, default=40, help="of each (40)")
     parser.add_argument("--jitter_steps", type=int, default=500, help="with nothing wrong but jitter (500)")
 
 
@@ -45,7 +45,7 @@ def measure(options) -> Iterator[dict]:
     if options.quick:
         options.pipes, options.repeats, options.steps, options.cuts = [2], 1, 1, 2
         options.blocks, options.micro_batches, options.items = 4, 2, 2000
-        options.rounds, options.round_steps, options.jitter_steps = 1, 2, 4
+        options.rounds, options.round_steps, options.jitter_steps = 2, 4, 4
     if options.resume:  # before the first row, for it may be the file that the rows go to
         yield from others(load(Path(options.resume), "balance")["rows"], options.parts)
     for pipe in options.pipes:

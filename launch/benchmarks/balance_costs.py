@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from benchmarks.balance_job import Pipeline
 from benchmarks.repeats import interleaved
 
+PATTERN = (False, True, True, False)  # a drift that is steady over four steps cancels out
 JITTER = 0.1  # of a device's speed, up or down
 _JITTER_SECONDS = 0.5  # between two changes
 _SETTLING = 5  # steps after `watch`, of which the second to the fourth time single layers
@@ -17,26 +18,16 @@ _CHUNK = 50  # steps
 
 
 def overhead(pipeline: Pipeline, rounds: int, steps: int) -> Iterator[dict]:
-    """Rows of kind "overhead": the same steps with and without an `AdaptivePartition`, in turns, in one engine.
+    """Rows of kind "overhead", of `steps` steps each, of which an `AdaptivePartition` looks at those that PATTERN says.
 
-    The arm without goes twice, which shows what two equal arms differ by. Each starts with steps that do not count.
+    The machine's speed drifts within seconds by more than watching costs: only steps next to each other compare.
     """
     settle(pipeline)
-
-    def arm(watched: bool):
-        def run() -> dict:
-            if watched:
-                pipeline.watch()
-            pipeline.steps(_SETTLING, timeline=False)
-            row = pipeline.steps(steps, timeline=False)
-            moves = pipeline.unwatch()["moves"] if watched else []
-            return {**row, "moves": moves}
-
-        return run
-
-    arms = {"off": arm(False), "on": arm(True), "off again": arm(False)}
-    for row in interleaved(arms, rounds, warmup=0, progress="overhead"):
-        yield {"kind": "overhead", **row}
+    pipeline.watch()
+    pipeline.steps(_SETTLING, timeline=False)
+    for number in range(rounds):
+        yield {"kind": "overhead", "repeat": number, **pipeline.steps(steps, timeline=False, pattern=PATTERN)}
+    pipeline.unwatch()
 
 
 def jitter(pipeline: Pipeline, steps: int, seed: int = 0) -> Iterator[dict]:

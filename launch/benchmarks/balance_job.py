@@ -61,15 +61,15 @@ class Pipeline:
         """Migrate; seconds and bytes."""
         return self._ask({"do": "cut", "bounds": list(bounds)}, _STEP_SECONDS)[0]
 
-    def steps(self, steps: int, timeline: bool = True) -> dict:
-        """Make steps: "seconds" of each on the slowest rank, "moved", CPU seconds of one; with `timeline` the "split" of each
-        stage and what follows from it, see `idle_share`."""
-        request = {"do": "steps", "steps": steps, "timeline": timeline}
+    def steps(self, steps: int, timeline: bool = True, pattern: Sequence[bool] = (True,)) -> dict:
+        """Make steps: "seconds" of each on the slowest rank, CPU seconds of each, a mean of the ranks, "moved"; with `timeline`
+        the "split" of each stage and what follows from it, see `idle_share`. `pattern`: in which steps a partition looks."""
+        request = {"do": "steps", "steps": steps, "timeline": timeline, "pattern": list(pattern)}
         answers = self._ask(request, _START_SECONDS + steps * _STEP_SECONDS)
         row = {
             "seconds": [max(each) for each in zip(*(answer["seconds"] for answer in answers), strict=True)],
             "moved": answers[0]["moved"],
-            "cpu_seconds": mean(answer["cpu_seconds"] for answer in answers) / steps,
+            "cpu_seconds": [mean(each) for each in zip(*(answer["cpu_seconds"] for answer in answers), strict=True)],
         }
         if timeline:
             row["split"] = [answer["split"] for answer in answers]

@@ -57,8 +57,8 @@ def _bars(axis, rows: list[dict], pipe: int) -> None:
     palette, labels, width = plots.colours(_NAMES), [], 0.16
     for place, (part, when) in enumerate(_GROUPS):
         found = cells(rows, part, pipe, when)
-        if part == "straggler" and found and trials(rows, pipe):
-            found["adaptive"] = [trial["after"] for trial in trials(rows, pipe)]
+        if "reached" in found:
+            found["adaptive"] = found["reached"]
         names = [name for name in _NAMES if name in found]
         for number, name in enumerate(names):
             x = place + (number - (len(names) - 1) / 2) * width

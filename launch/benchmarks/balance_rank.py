@@ -5,6 +5,7 @@ dotted keys over it}. Requests, each to all ranks, by their "do"; `Rank` has a m
 """
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -86,22 +87,29 @@ class Rank:
         migration = migrate(self.engine, bounds)
         return {key: getattr(migration, key) for key in ("seconds", "bytes", "busiest_bytes", "layers")}
 
-    def steps(self, steps: int, timeline: bool = True) -> dict:
+    def steps(self, steps: int, timeline: bool = True, pattern: Sequence[bool] = (True,)) -> dict:
         """Training steps, from a barrier to the end of the partition's part in each.
 
-        Answers: seconds of each, CPU seconds of all, which of them ended with a migration, and with `timeline` where the
-        time went, a mean of the steps.
+        Answers: seconds and CPU seconds of each, which of them ended with a migration, and with `timeline` where the time
+        went, a mean of the steps.
+
+        Args:
+            pattern: in which steps, over and over, the partition looks; in the others it is as if it was not there.
         """
         watched = ds_recsys.StepTimeline(self.engine) if timeline else None
-        seconds, moved, cpu = [], [], time.process_time()
+        bare = functools.partial(type(self.engine).train_batch, self.engine)
+        seconds, moved, cpu = [], [], []
         for step in range(steps):
+            looks = pattern[step % len(pattern)]
+            train_batch = self.engine.train_batch if looks else bare
             dist.barrier()
-            begin = time.perf_counter()
-            self.engine.train_batch(iter(self._micro_batches))
-            if self._watch is not None and self._watch() is not None:
+            begin, busy = time.perf_counter(), time.process_time()
+            train_batch(iter(self._micro_batches))
+            if looks and self._watch is not None and self._watch() is not None:
                 moved.append(step)
             seconds.append(time.perf_counter() - begin)
-        answer = {"seconds": seconds, "moved": moved, "cpu_seconds": time.process_time() - cpu}
+            cpu.append(time.process_time() - busy)
+        answer = {"seconds": seconds, "moved": moved, "cpu_seconds": cpu}
         if watched is not None:
             watched.close()
             answer["split"] = {kind: sum(getattr(s, kind) for s in watched.steps) / steps for kind in KINDS}

@@ -1,7 +1,8 @@
 """What the rows of bench.py balance show: steps per second that come back, ratios of steps, idle shares, and what it costs."""
 
-from statistics import mean
+from statistics import mean, stdev
 
+from benchmarks.balance_costs import PATTERN
 from benchmarks.harness import markdown
 from benchmarks.repeats import groups, median, spread
 
@@ -69,14 +70,18 @@ def steps_to_act(trial: dict) -> int | None:
 
 
 def _straggler(rows: list[dict], pipe: int) -> dict:
-    """recovered: of the throughput between the static cut and the best one; of_before: of what the change took away."""
+    """recovered: of the throughput between the static cut and the best one; of_before: of what the change took away.
+
+    By the cut that a trial reached, "adaptive" below, in turns with the others: its own steps are minutes before theirs.
+    """
     found, after = [], cells(rows, "straggler", pipe, "after")
     if not after:
         return {}
     for trial in trials(rows, pipe):
         now = {name: next(r for r in cell if r["repeat"] == trial["repeat"]) for name, cell in after.items()}
-        static, uniform, best = (1 / now[name]["seconds"] for name in ("parameters", "uniform", "best"))
-        adaptive, before = 1 / trial["after"]["seconds"], 1 / trial["before"]["seconds"]
+        names = ("parameters", "uniform", "best", "reached")
+        static, uniform, best, adaptive = (1 / now[name]["seconds"] for name in names)
+        before = 1 / trial["before"]["seconds"]
         found.append(
             {
                 "straggler_recovered": (adaptive - static) / (best - static),
@@ -122,21 +127,28 @@ def _imbalance(rows: list[dict]) -> float | None:
 
 
 def _nothing(rows: list[dict]) -> dict:
-    """Seconds of a step with the partition over the mean of the two arms without, minus 1; `noise`: of those two."""
-    arms = groups([row for row in rows if row["kind"] == "overhead"], "arm")
+    """Of four steps in a row, the two that the partition looked at over the others, minus 1; mean, and its standard error."""
     found: dict = {"overhead": None, "overhead_noise": None, "false_moves": None}
-    if {("off",), ("on",), ("off again",)} <= arms.keys():
-        for suffix, value in (("", lambda row: median(row["seconds"])), ("_cpu", lambda row: row["cpu_seconds"])):
-            off, on, again = (median(map(value, arms[(name,)])) for name in ("off", "on", "off again"))
-            found[f"overhead{suffix}"], found[f"overhead_noise{suffix}"] = (
-                2 * on / (off + again) - 1,
-                abs(again / off - 1),
-            )
+    for suffix, key in (("", "seconds"), ("_cpu", "cpu_seconds")):
+        ratios = [ratio for row in rows if row["kind"] == "overhead" for ratio in _on_over_off(row[key])]
+        if len(ratios) > 1:
+            found[f"overhead{suffix}"] = mean(ratios) - 1
+            found[f"overhead_noise{suffix}"] = stdev(ratios) / len(ratios) ** 0.5
+            found["overhead_steps"] = len(PATTERN) * len(ratios)
     jittered = [row for row in rows if row["kind"] == "jitter"]
     if sum(row["changes"] for row in jittered):  # speeds that stand still would show nothing
         found["false_moves"] = sum(len(row["moved"]) for row in jittered)
         found["jittered_steps"] = sum(len(row["seconds"]) for row in jittered)
     return found
+
+
+def _on_over_off(seconds: list[float]) -> list[float]:
+    fours = [seconds[i : i + len(PATTERN)] for i in range(0, len(seconds) - len(PATTERN) + 1, len(PATTERN))]
+    sums = [
+        [sum(one for one, on in zip(four, PATTERN, strict=True) if on is looks) for looks in (True, False)]
+        for four in fours
+    ]
+    return [on / off for on, off in sums]
 
 
 def _pause(rows: list[dict]) -> dict:
@@ -206,8 +218,8 @@ def _costs(rows: list[dict]) -> str:
     found, lines = {**_nothing(rows), **_pause(rows), **_solver(rows)}, []
     if found["overhead"] is not None:
         lines.append(
-            f"- watching: {found['overhead']:+.2%} of a step, {found['overhead_cpu']:+.2%} of its CPU time; two arms without "
-            f"differ by {found['overhead_noise']:.2%} and {found['overhead_noise_cpu']:.2%}"
+            f"- watching: {found['overhead']:+.2%} of a step, standard error {found['overhead_noise']:.2%}; of its CPU time "
+            f"{found['overhead_cpu']:+.2%}, {found['overhead_noise_cpu']:.2%}; over {found['overhead_steps']} steps"
         )
     if found["false_moves"] is not None:
         lines.append(

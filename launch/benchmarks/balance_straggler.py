@@ -19,7 +19,8 @@ def straggler(pipeline: Pipeline, options) -> Iterator[dict]:
     """Rows of kind "search", "cut" and "trial".
 
     A trial goes from DeepSpeed's `parameters` cut: some steps, the change, the steps in which `AdaptivePartition` has to act,
-    and some more. Every trial is followed by steps of the static cuts, at the speeds before and after.
+    and some more. Every trial is followed by steps of the static cuts and the one it reached, at the speeds after the change,
+    and of the static ones at those before.
     """
     even = list(pipeline.speeds)
     slow = [speed / 2 if stage == SLOWED else speed for stage, speed in enumerate(even)]
@@ -33,8 +34,11 @@ def straggler(pipeline: Pipeline, options) -> Iterator[dict]:
     for repeat in range(options.repeats):
         pipeline.speed(even)
         pipeline.cut(cuts["parameters"])
-        yield {"kind": "trial", "repeat": repeat, **_trial(pipeline, slow)}
-        for row in pipeline.compare(known, 1, options.steps, f"pipe {len(even)}, static cuts after the change"):
+        trial = {"kind": "trial", "repeat": repeat, **_trial(pipeline, slow)}
+        yield trial
+        reached = trial["moves"][-1]["bounds"] if trial["moves"] else cuts["parameters"]
+        all_cuts = {**known, "reached": reached}
+        for row in pipeline.compare(all_cuts, 1, options.steps, f"pipe {len(even)}, cuts after the change"):
             yield {"kind": "cut", "when": "after", **row, "repeat": repeat}
         pipeline.speed(even)
         for row in pipeline.compare(cuts, 1, options.steps, f"pipe {len(even)}, static cuts before the change"):
