@@ -43,12 +43,12 @@ def trial(after, repeat, moved=(15,), pipe=4):
 
 
 def overhead(seconds, cpu, repeat=0):
-    row = {"part": "nothing", "pipe": 4, "kind": "overhead", "repeat": repeat, "moved": []}
+    row = {"part": "overhead", "pipe": 4, "kind": "overhead", "repeat": repeat, "moved": []}
     return {**row, "seconds": seconds, "cpu_seconds": cpu}
 
 
 def jitter(moved, changes=20):
-    row = {"part": "nothing", "pipe": 4, "kind": "jitter", "start": 0, "jitter": 0.1, "changes": changes}
+    row = {"part": "jitter", "pipe": 4, "kind": "jitter", "start": 0, "jitter": 0.1, "changes": changes}
     return {**row, "seconds": [0.4] * 50, "moved": moved, "cpu_seconds": [0.1] * 50}
 
 
@@ -126,7 +126,7 @@ def test_every_figure_is_there_after_a_part():
 
 def test_parts_that_are_not_measured_again_are_taken_over():
     kept = balance.others(ROWS, ["straggler", "head", "solver"])
-    assert {row["part"] for row in kept} == {"hardware", "nothing", "pause"}
+    assert {row["part"] for row in kept} == {"hardware", "overhead", "jitter", "pause"}
 
 
 def test_the_table_and_the_plot(tmp_path):
@@ -255,7 +255,7 @@ def test_jitter_changes_all_speeds_a_little_and_puts_them_back(monkeypatch):
 def test_a_smoke_run_under_the_real_launcher(tmp_path):
     rows = quick_run("balance", tmp_path / "balance.json")["rows"]
     kinds = {(row["part"], row["kind"]) for row in rows}
-    assert {("straggler", "trial"), ("hardware", "cut"), ("split head", "share"), ("nothing", "jitter")} <= kinds
+    assert {("straggler", "trial"), ("hardware", "cut"), ("split head", "share"), ("jitter", "jitter")} <= kinds
     slowed = next(row for row in rows if row["kind"] == "cut" and row.get("when") == "after")
     assert sum(slowed["bounds"][1:-1]) and len(slowed["stage_seconds"]) == 2 and 0 < slowed["idle"] < 1
     moved = [row for row in rows if row["kind"] == "pause" and row["arm"] != "reload"]

@@ -19,7 +19,7 @@ from benchmarks.harness import load
 __all__ = ["HELP", "arguments", "figures", "measure", "plot", "table"]
 
 HELP = "stages that rebalance themselves: a device that slows down, a heavy head, unequal devices; cost of watching, of a move"
-PARTS = ("straggler", "hardware", "head", "nothing", "pause", "solver")
+PARTS = ("straggler", "hardware", "head", "overhead", "jitter", "pause", "solver")
 _CORES = 1.6  # of the devices together: two cores, with some left for the rest
 _MODEL = "recsys.model.config."
 
@@ -50,7 +50,7 @@ def measure(options) -> Iterator[dict]:
         yield from others(load(Path(options.resume), "balance")["rows"], options.parts)
     for pipe in options.pipes:
         first = pipe == options.pipes[0]
-        if {"straggler", "hardware"} & set(options.parts) or (first and "nothing" in options.parts):
+        if {"straggler", "hardware"} & set(options.parts) or (first and {"overhead", "jitter"} & set(options.parts)):
             yield from _or_error(pipe, "straggler", _straggler_model(pipe, options))
         if "head" in options.parts:
             yield from _or_error(pipe, "head", _head_model(pipe, options, split=False))
@@ -95,11 +95,13 @@ def _straggler_model(pipe: int, options) -> Iterator[dict]:
         if "hardware" in options.parts:
             pipeline.batch(max(2, micro_batches // 2), 2)
             yield from _named("hardware", pipe, balance_straggler.hardware(pipeline, options))
-        if "nothing" in options.parts and pipe == options.pipes[0]:
+        if pipe == options.pipes[0]:
             pipeline.batch(min(8, options.micro_batches), 1)  # short steps, which a fixed cost shows in
-            rows = balance_costs.overhead(pipeline, options.rounds, options.round_steps)
-            yield from _named("nothing", pipe, rows)
-            yield from _named("nothing", pipe, balance_costs.jitter(pipeline, options.jitter_steps))
+            if "overhead" in options.parts:
+                rows = balance_costs.overhead(pipeline, options.rounds, options.round_steps)
+                yield from _named("overhead", pipe, rows)
+            if "jitter" in options.parts:
+                yield from _named("jitter", pipe, balance_costs.jitter(pipeline, options.jitter_steps))
 
 
 def _head_model(pipe: int, options, split: bool) -> Iterator[dict]:

@@ -1,5 +1,5 @@
-"""Parts "nothing", "pause" and "solver" of bench.py balance: what watching costs where nothing is wrong, what a move costs,
-and what finding the best cut costs."""
+"""Parts "overhead", "jitter", "pause" and "solver" of bench.py balance: what watching costs and what it does where nothing is
+wrong, what a move costs, and what finding the best cut costs."""
 
 import random
 import threading
