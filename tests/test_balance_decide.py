@@ -60,6 +60,15 @@ def test_layers_of_almost_no_time_do_not_compare_devices():
     assert estimate(times, kinds, bounds, [8e-4, 6e-4]).slowdowns == pytest.approx([2, 1])
 
 
+def test_a_stage_of_almost_no_work_is_not_taken_for_a_slow_device():
+    """An embedding alone, at half again what it takes as a layer: that is what each micro-batch costs beside its layers."""
+    kinds, bounds = ["embedding", *["block"] * 9], [0, 1, 4, 7, 10]
+    times = {n: LayerTimes(one / 2, one / 2) for n, one in enumerate([4e-3] + [3e-2] * 9)}
+    found = estimate(times, kinds, bounds, [6e-3, 9e-2, 18e-2, 9e-2])
+    assert found.slowdowns == pytest.approx([1, 1, 2, 1])
+    assert estimate(times, kinds, [0, 2, 4, 7, 10], [6.8e-2, 6e-2, 9e-2, 9e-2]).slowdowns == pytest.approx([2, 1, 1, 1])
+
+
 def _costs(slowdowns, work=_WORK):
     layers = [LayerCost(w / 3, 2 * w / 3, trainable_bytes=1) for w in work]
     return PipelineCosts(layers, [StageCost(slowdown=s) for s in slowdowns])

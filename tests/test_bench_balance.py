@@ -124,9 +124,11 @@ def test_every_figure_is_there_after_a_part():
     assert figures["migration_vs_reload"] and figures["straggler_recovered"] is None and figures["overhead"] is None
 
 
-def test_parts_that_are_not_measured_again_are_taken_over():
-    kept = balance.others(ROWS, ["straggler", "head", "solver"])
+def test_what_is_not_measured_again_is_taken_over():
+    kept = balance.others(ROWS, ["straggler", "head", "solver"], [4, 2])
     assert {row["part"] for row in kept} == {"hardware", "overhead", "jitter", "pause"}
+    kept = balance.others(ROWS, ["straggler", "head", "solver"], [4])
+    assert {row["part"] for row in kept if row["pipe"] == 2} == {"straggler", "head"}
 
 
 def test_the_table_and_the_plot(tmp_path):

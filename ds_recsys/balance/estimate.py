@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 _ROUNDS = 50
+_LEAST_WORK = (
+    0.1  # of the mean stage's: what takes less, an embedding alone, is mostly what every micro-batch costs anywhere
+)
 _LEAST_SHARE = 0.03  # of a stage's time: layers that take less say nothing about its device, only about the clock
 
 
@@ -61,15 +64,29 @@ def estimate(
         LayerTimes(measured[n].forward / speeds[stage], measured[n].backward / speeds[stage])
         for n, stage in enumerate(stage_of)
     ]
-    now = []
-    for stage, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        work = sum(layer.total for layer in layers[start:stop])
-        now.append(stage_seconds[stage] / work if work else 1.0)
+    now = slowdowns(
+        stage_seconds, [sum(layer.total for layer in layers[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    )
     fastest = min(now)
     return Estimate(
         tuple(LayerTimes(layer.forward * fastest, layer.backward * fastest) for layer in layers),
         tuple(slowdown / fastest for slowdown in now),
     )
+
+
+def slowdowns(stage_seconds: Sequence[float], work: Sequence[float]) -> list[float]:
+    """By stage, what it takes over what its layers cost; a stage with hardly any work is taken for the median of the others.
+
+    Args:
+        work: seconds of each stage's layers on the reference device.
+    """
+    least = _LEAST_WORK * fmean(work)
+    found = [
+        seconds / mine if mine > 0 and mine >= least else None
+        for seconds, mine in zip(stage_seconds, work, strict=True)
+    ]
+    usual = median([one for one in found if one is not None] or [1.0])
+    return [usual if one is None else one for one in found]
 
 
 def _slowdowns(seconds: Mapping[int, float], kinds: Sequence, stage_of: Sequence[int], stages: int) -> list[float]:

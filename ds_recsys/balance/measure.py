@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ds_recsys.balance.costs import LayerCost, PipelineCosts, StageCost
-from ds_recsys.balance.estimate import LayerTimes, estimate, replicas
+from ds_recsys.balance.estimate import LayerTimes, estimate, replicas, slowdowns
 from ds_recsys.balance.layer_sample import LayerProfile
 from ds_recsys.balance.profile import StageProfiler, StepProfile
 from ds_recsys.balance.surroundings import layer_facts, timed_links
@@ -105,7 +105,7 @@ class Meter:
         ]
         bounds, stages = self._module.parts, zip(*(reading.stage_seconds for reading in self._recent), strict=True)
         work = [sum(layer.total for layer in layers[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-        slow = [median(seconds) / mine if mine else 1.0 for seconds, mine in zip(stages, work, strict=True)]
+        slow = slowdowns([median(seconds) for seconds in stages], work)
         fastest = min(slow)
         factor = fastest * self._tokens
         return PipelineCosts(

@@ -26,7 +26,7 @@ _MODEL = "recsys.model.config."
 
 def arguments(parser) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--resume", metavar="F", help="take over from F the rows of the parts that are not measured")
+    parser.add_argument("--resume", metavar="F", help="take over from F what is not measured")
     parser.add_argument("--pipes", nargs="+", type=int, choices=(2, 4), default=[4, 2], help="stages (4 and 2)")
     parser.add_argument("--repeats", type=int, default=2, help="trials, and rounds of the cuts that are compared (2)")
     parser.add_argument("--steps", type=int, default=2, help="of a cut in a round (2)")
@@ -47,7 +47,7 @@ def measure(options) -> Iterator[dict]:
         options.blocks, options.micro_batches, options.items = 4, 2, 2000
         options.rounds, options.round_steps, options.jitter_steps = 2, 4, 4
     if options.resume:  # before the first row, for it may be the file that the rows go to
-        yield from others(load(Path(options.resume), "balance")["rows"], options.parts)
+        yield from others(load(Path(options.resume), "balance")["rows"], options.parts, options.pipes)
     for pipe in options.pipes:
         first = pipe == options.pipes[0]
         if {"straggler", "hardware"} & set(options.parts) or (first and {"overhead", "jitter"} & set(options.parts)):
@@ -64,10 +64,10 @@ def measure(options) -> Iterator[dict]:
         yield from _named("solver", options.pipes[0], solver(2 if options.quick else 50))
 
 
-def others(rows: list[dict], parts: list[str]) -> list[dict]:
-    """Those of parts that are not among `parts`; "split head" belongs to "head", the calibration to the straggler."""
+def others(rows: list[dict], parts: list[str], pipes: list[int]) -> list[dict]:
+    """Those that are not of `parts` in `pipes`; "split head" belongs to "head", the calibration to the straggler."""
     names = {"split head": "head", "calibration": "straggler"}
-    return [row for row in rows if names.get(row["part"], row["part"]) not in parts]
+    return [row for row in rows if names.get(row["part"], row["part"]) not in parts or row["pipe"] not in pipes]
 
 
 def _or_error(pipe: int, part: str, rows: Iterator[dict]) -> Iterator[dict]:
