@@ -42,8 +42,8 @@ def trial(after, repeat, moved=(15,), pipe=4):
     }
 
 
-def overhead(seconds, cpu, repeat=0):
-    row = {"part": "overhead", "pipe": 4, "kind": "overhead", "repeat": repeat, "moved": []}
+def overhead(seconds, cpu, repeat=0, moved=()):
+    row = {"part": "overhead", "pipe": 4, "kind": "overhead", "repeat": repeat, "moved": list(moved)}
     return {**row, "seconds": seconds, "cpu_seconds": cpu}
 
 
@@ -70,7 +70,7 @@ ROWS = [
     *(cut("head", name, seconds, pipe=2) for name, seconds in (("parameters", 1.4), ("profile", 1.0), ("best", 1.0))),
     {"part": "head", "pipe": 4, "kind": "share", "head_share": 0.5, "layer_seconds": [1, 1], "parameters": 9},
     overhead([1.0, 1.2, 1.4, 1.6], [0.2, 0.21, 0.21, 0.2]),  # drifts, and nothing else
-    overhead([1.0, 1.3, 1.3, 1.0], [0.2, 0.21, 0.21, 0.2], 1),
+    overhead([1.0, 1.3, 1.3, 1.0, 1.0, 9.0, 9.0, 1.0], [0.2, 0.21, 0.21, 0.2] * 2, 1, [5]),
     *(jitter([]), jitter([7])),
     *(pause("migrate", 1.0), pause("migrate back", 0.5), pause("reload", 15.0)),
     *({"part": "solver", "pipe": 4, "kind": "solver", "layers": 100, "stages": 16, "seconds": seconds}
@@ -107,7 +107,7 @@ def test_the_other_figures():
     assert figures["overhead"] == pytest.approx(0.3 / 2)
     assert figures["overhead_noise"] == pytest.approx(0.3 / 2)  # standard error of 0 and 0.3
     assert (figures["overhead_cpu"], figures["overhead_noise_cpu"]) == pytest.approx((0.05, 0.0))
-    assert figures["overhead_steps"] == 8
+    assert (figures["overhead_steps"], figures["overhead_moves"]) == (8, 1)
     assert (figures["false_moves"], figures["jittered_steps"]) == (1, 100)
     assert figures["migration_vs_reload"] == pytest.approx(20.0)
     assert figures["migration_mb"] == pytest.approx(150.0)

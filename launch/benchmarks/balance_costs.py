@@ -18,7 +18,8 @@ _CHUNK = 50  # steps
 
 
 def overhead(pipeline: Pipeline, rounds: int, steps: int) -> Iterator[dict]:
-    """Rows of kind "overhead", of `steps` steps each, of which an `AdaptivePartition` looks at those that PATTERN says.
+    """Rows of kind "overhead", of `steps` steps each, of which an `AdaptivePartition` looks at those that PATTERN says, and
+    one of kind "watched", with the moves that it made.
 
     The machine's speed drifts within seconds by more than watching costs: only steps next to each other compare.
     """
@@ -27,7 +28,7 @@ def overhead(pipeline: Pipeline, rounds: int, steps: int) -> Iterator[dict]:
     pipeline.steps(_SETTLING, timeline=False)
     for number in range(rounds):
         yield {"kind": "overhead", "repeat": number, **pipeline.steps(steps, timeline=False, pattern=PATTERN)}
-    pipeline.unwatch()
+    yield {"kind": "watched", "moves": pipeline.unwatch()["moves"]}
 
 
 def jitter(pipeline: Pipeline, steps: int, seed: int = 0) -> Iterator[dict]:

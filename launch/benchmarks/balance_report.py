@@ -130,11 +130,12 @@ def _nothing(rows: list[dict]) -> dict:
     """Of four steps in a row, the two that the partition looked at over the others, minus 1; mean, and its standard error."""
     found: dict = {"overhead": None, "overhead_noise": None, "false_moves": None}
     for suffix, key in (("", "seconds"), ("_cpu", "cpu_seconds")):
-        ratios = [ratio for row in rows if row["kind"] == "overhead" for ratio in _on_over_off(row[key])]
+        ratios = [ratio for row in rows if row["kind"] == "overhead" for ratio in _on_over_off(row, key)]
         if len(ratios) > 1:
             found[f"overhead{suffix}"] = mean(ratios) - 1
             found[f"overhead_noise{suffix}"] = stdev(ratios) / len(ratios) ** 0.5
             found["overhead_steps"] = len(PATTERN) * len(ratios)
+            found["overhead_moves"] = sum(len(row["moved"]) for row in rows if row["kind"] == "overhead")
     jittered = [row for row in rows if row["kind"] == "jitter"]
     if sum(row["changes"] for row in jittered):  # speeds that stand still would show nothing
         found["false_moves"] = sum(len(row["moved"]) for row in jittered)
@@ -142,13 +143,14 @@ def _nothing(rows: list[dict]) -> dict:
     return found
 
 
-def _on_over_off(seconds: list[float]) -> list[float]:
-    fours = [seconds[i : i + len(PATTERN)] for i in range(0, len(seconds) - len(PATTERN) + 1, len(PATTERN))]
-    sums = [
-        [sum(one for one, on in zip(four, PATTERN, strict=True) if on is looks) for looks in (True, False)]
-        for four in fours
-    ]
-    return [on / off for on, off in sums]
+def _on_over_off(row: dict, key: str) -> list[float]:
+    """Of each four steps; a move in one of them is not what watching costs."""
+    ratios, length = [], len(PATTERN)
+    for start in range(0, len(row[key]) - length + 1, length):
+        if not any(start <= step < start + length for step in row["moved"]):
+            four = list(zip(row[key][start : start + length], PATTERN, strict=True))
+            ratios.append(sum(one for one, on in four if on) / sum(one for one, on in four if not on))
+    return ratios
 
 
 def _pause(rows: list[dict]) -> dict:
@@ -219,7 +221,8 @@ def _costs(rows: list[dict]) -> str:
     if found["overhead"] is not None:
         lines.append(
             f"- watching: {found['overhead']:+.2%} of a step, standard error {found['overhead_noise']:.2%}; of its CPU time "
-            f"{found['overhead_cpu']:+.2%}, {found['overhead_noise_cpu']:.2%}; over {found['overhead_steps']} steps"
+            f"{found['overhead_cpu']:+.2%}, {found['overhead_noise_cpu']:.2%}; over {found['overhead_steps']} steps; "
+            f"{found['overhead_moves']} moves besides"
         )
     if found["false_moves"] is not None:
         lines.append(
