@@ -138,7 +138,7 @@ def test_jitter_of_smoothed_times_moves_nothing_where_patience_alone_lets_it():
 
 
 def test_a_small_gain_is_taken_when_it_lasts():
-    slower = lambda step, _: [[1, 0.8 if step >= 10 else 1, 1, 1]]  # noqa: E731
+    slower = lambda step, _: [[1, 0.75 if step >= 10 else 1, 1, 1]]  # noqa: E731
     moves = _smoothed(Rule(), slower, steps=100)
     assert len(moves) == 1 and 16 < moves[0][0] < 40
 

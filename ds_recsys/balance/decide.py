@@ -25,7 +25,7 @@ class Rule:
 
     gain: float = 0.05
     patience: int = 3
-    evidence: float = 0.3
+    evidence: float = 1.0
     margin: float = 2.0
     cooldown: int = 20
     verify: int = 5
