@@ -120,14 +120,15 @@ def test_a_part_shows_what_was_kept_of_the_others_and_only_whole_cells(tmp_path)
     cells = [{**row, "preset": "p"} for row in ROWS[1:4]]
     whole = {"kind": "whole", "topology": "2x2", "items": 1682, "ratio": 1.02, "preset": "p"}
     broken = [_step("ideal", 1.0, items=100_000)]
+    parts = [{"kind": "ablation", "topology": "2x2", "items": 1682, "preset": "p"}]
     scaled = [{"kind": "scaling", "growth": "weak", "devices": 2, "batch": 32, "mode": "whole"}]
     trained = [{"kind": "quality", "mode": "sync", "method": "none", "seed": 0, "ranks": 4, "epochs": 2, "ndcg": 0.1}]
     file = tmp_path / "hybrid.json"
-    file.write_text(json.dumps({"benchmark": "hybrid", "rows": [*cells, whole, *broken, *scaled, *trained]}))
+    file.write_text(json.dumps({"benchmark": "hybrid", "rows": [*cells, whole, *broken, *parts, *scaled, *trained]}))
     options = SimpleNamespace(
         resume=file, quick=False, part=["quality"], topologies=["2x2"], items=[1682], presets=["p"], seeds=[0], epochs=2
     )
-    assert list(hybrid.measure(options)) == [*cells, whole, *scaled, *trained]
+    assert list(hybrid.measure(options)) == [*cells, whole, *parts, *scaled, *trained]
 
 
 @whole_grid

@@ -96,7 +96,9 @@ def _straggler_model(pipe: int, options) -> Iterator[dict]:
             pipeline.batch(max(2, micro_batches // 2), 2)
             yield from _named("hardware", pipe, balance_straggler.hardware(pipeline, options))
         if pipe == options.pipes[0]:
-            pipeline.batch(min(8, options.micro_batches), 1)  # short steps, which a fixed cost shows in
+            # short steps, which a fixed cost shows in; but passes that are long against the 10 ms in which a device gets its
+            # share of a core, or stages that wait look faster than those that do not
+            pipeline.batch(min(8, options.micro_batches), 2)
             if "overhead" in options.parts:
                 rows = balance_costs.overhead(pipeline, options.rounds, options.round_steps)
                 yield from _named("overhead", pipe, rows)

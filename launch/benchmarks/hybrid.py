@@ -86,7 +86,7 @@ def _whole_cells(rows: list[dict]) -> dict[tuple, list[dict]]:
     found: dict[tuple, list[dict]] = {cell: [] for cell in ended}
     for row in rows:
         cell = (row.get("topology"), row.get("items"), row.get("preset"))
-        if cell in found:
+        if cell in found and row["kind"] != "ablation":  # which is a part of its own
             found[cell].append(row)
     return found
 
