@@ -67,4 +67,5 @@ def _bars(axis, rows: list[dict], pipe: int) -> None:
     axis.set_xticks(range(len(_GROUPS)), _GROUPS.values(), fontsize=7)
     axis.set(title=f"{pipe} stages", ylabel="seconds of a step")
     if labels:
-        axis.legend(fontsize=7, ncols=2)
+        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
+        axis.legend(fontsize=7, ncols=2, loc="upper right")
