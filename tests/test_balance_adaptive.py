@@ -86,7 +86,7 @@ def _straggler(data):
     change, steps, lines = 12, 30, []
     stayed = _train(_engine(2, data), steps)
     engine = _engine(2, data)
-    balance = ds_recsys.AdaptivePartition(engine, rule=Rule(patience=2), announce=lines.append)
+    balance = ds_recsys.AdaptivePartition(engine, rule=Rule(patience=2, evidence=0.3), announce=lines.append)
 
     def after(step):
         balance()
@@ -186,18 +186,18 @@ def _recommender(folder, name, steps, resume, heavy, tie=True):
 
 def test_a_trainer_moves_layers_and_a_run_resumes_at_its_bounds(tmp_path):
     write_log(tmp_path / "log.csv")
-    first, moved = run_on_grid(_recommender, 2, folder=tmp_path, name="run", steps=20, resume=False, heavy=True)[0]
+    first, moved = run_on_grid(_recommender, 2, folder=tmp_path, name="run", steps=30, resume=False, heavy=True)[0]
     assert moved[1] > first[1]
-    state = json.loads((tmp_path / "run/checkpoints/step_00000020/state.json").read_text())
+    state = json.loads((tmp_path / "run/checkpoints/step_00000030/state.json").read_text())
     assert state["bounds"] == moved and (tmp_path / "run/balance.png").exists()
-    resumed, _ = run_on_grid(_recommender, 2, folder=tmp_path, name="run", steps=22, resume=True, heavy=False)[0]
+    resumed, _ = run_on_grid(_recommender, 2, folder=tmp_path, name="run", steps=32, resume=True, heavy=False)[0]
     assert resumed == moved
 
 
 def test_a_head_of_its_own_is_found_while_layers_are_sampled(tmp_path):
     write_log(tmp_path / "log.csv")
     first, moved = run_on_grid(
-        _recommender, 2, folder=tmp_path, name="run", steps=20, resume=False, heavy=True, tie=False
+        _recommender, 2, folder=tmp_path, name="run", steps=30, resume=False, heavy=True, tie=False
     )[0]
     assert moved[1] > first[1]
 
