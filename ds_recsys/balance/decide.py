@@ -15,8 +15,8 @@ class Rule:
     Attributes:
         gain: least predicted share of the step's time that is saved.
         patience: measurements in a row that must promise it.
-        evidence: what those in a row must promise above `gain` in all, so that a large gain is taken at once and a small one
-            only when it lasts, which noise does not (Page's cumulative sum, Biometrika 41, 1954).
+        evidence: what those in a row must promise above `gain` in all, so that a large gain is taken in a few steps and a small
+            one only when it lasts, which noise does not (Page's cumulative sum, Biometrika 41, 1954).
         margin: how often the pause must be won back in the steps that are left.
         cooldown: steps after a move without another; after a move that is taken back twice as many, and so on.
         verify: steps after a move over which the gain must show.

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 _ROUNDS = 50
-_LEAST_WORK = (
-    0.1  # of the mean stage's: what takes less, an embedding alone, is mostly what every micro-batch costs anywhere
-)
+_LEAST_WORK = 0.1  # of the mean stage's; of less, an embedding alone, most is what every micro-batch costs anywhere
 _LEAST_SHARE = 0.03  # of a stage's time: layers that take less say nothing about its device, only about the clock
 
 

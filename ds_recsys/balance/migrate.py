@@ -223,7 +223,7 @@ def _rebuild(engine, bounds: list[int], layers: dict, shares: dict, arriving: di
             shares |= arrived
             others |= beside
             layers[arrival.name] = arrival.layer
-        arriving.clear()  # wrappers copy the state into buffers of theirs, a kind at a time, and each is freed then
+            arrival.tensors.clear()  # wrappers copy the state into buffers of theirs, a kind at a time, and each is freed then
         compat_stages.set_stage(engine.module, bounds, layers)
         compat_stages.name_parameters(engine)
         sent = rebuild_optimizer(engine, shares, make_optimizer)
