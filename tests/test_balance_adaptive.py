@@ -122,7 +122,7 @@ def _heavy(method, folder):
     """The last layer costs as much as five others; cut once."""
     engine, lines = _engine(2, units=[1] * 7 + [5]), []
     balance = ds_recsys.AdaptivePartition(engine, method=method, announce=lines.append)
-    _train(engine, 16, lambda _: balance())
+    _train(engine, 32, lambda _: balance())
     if torch.distributed.get_rank() == 0:
         print(describe(balance))
         write(balance, folder / "balance.json")
@@ -130,10 +130,11 @@ def _heavy(method, folder):
     return list(engine.module.parts), len(balance.records), lines, idle_share(balance.records, _MICRO_BATCHES)
 
 
-def test_profile_cuts_once_by_what_was_measured(tmp_path):
+def test_profile_cuts_by_what_was_measured_and_looks_once_more(tmp_path):
     parts, seen, lines, idle = run_on_grid(_heavy, 2, method="profile", folder=tmp_path)[0]
-    assert parts == [0, 6, 8] and len(lines) == 1 and "[0, 4, 8] -> [0, 6, 8]" in lines[0]
-    assert seen < 12  # and watches no longer
+    assert parts == [0, 6, 8] and len(lines) == 2 and "[0, 4, 8] -> [0, 6, 8]" in lines[0]
+    assert "bounds [0, 6, 8] are the best there are" in lines[1]
+    assert seen < 24  # and watches no longer
     assert 0.1 < idle < 0.5  # (4 + 8) units of 2 x 8, and the first micro-batch alone
     written = json.loads((tmp_path / "balance.json").read_text())
     assert len(written["records"]) == seen and written["moves"][0]["migration"]["bounds"] == [0, 6, 8]

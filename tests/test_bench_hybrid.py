@@ -104,6 +104,8 @@ def test_what_is_switched_off_is_what_the_plan_uses():
     assert set(hybrid_ablation.without(late, spec)) == {"compression", "delay", "sums within hosts", "fused AdamW"}
     uneven = hybrid_ablation.without({**late, "recsys.data_shares": [5, 5, 5, 1]}, spec)
     assert uneven["parts by speed"] == {"recsys.data_shares": None}
+    slow_link = hybrid_ablation.without({**late, "recsys.compression.owner_shares": [1, 1, 1, 0]}, spec)
+    assert slow_link["owners by link"] == {"recsys.compression.owner_shares": None}
     plain = {
         **PLAN,
         "recsys.pipe": 1,

@@ -144,6 +144,28 @@ def test_sums_are_those_of_the_decoded_payloads_whatever_the_layout_and_the_tran
     assert run_on_grid(sums_everywhere, ranks) == [203] * ranks
 
 
+def sums_of_unlike_owners():
+    """Whoever sums what, the sums are the same bits, and what is held back is all there."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for transport in (PointToPoint(), Collective()):
+        for shares in ((0.0, *[1.0] * (ranks - 1)), (*[0.0] * (ranks - 1), 2.0), tuple(range(1, ranks + 1))):
+            feedback, worker, server = ErrorFeedback(), {}, {}
+            aggregator = Aggregator(transport, feedback, chunk_bytes=64, checksum=True, shares=shares)
+            segments, length = layout()
+            for step in range(3):
+                flat = filled(segments, length, gradients(rank, seed=step))
+                assert aggregator.all_reduce(flat, segments, step)
+                check_equal(read(segments, flat), reference(ranks, step, seed=step, worker=worker, server=server))
+                feedback.commit()
+            owned = {name for side, name, *_ in feedback.state_dict() if side == "server"}
+            assert bool(owned) == bool(shares[rank])
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_unlike_owners_change_nothing_of_the_sums(ranks):
+    run_on_grid(sums_of_unlike_owners, ranks)
+
+
 def tiny_sums():
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for sizes in ([1], [1, 0, 1], [9], []):
@@ -308,6 +330,20 @@ def test_bytes_sent_are_those_of_the_formula(ranks):
     assert sum(one[1] for one in sent) == (ranks - 1) * size
     assert sum(one[2] for one in sent) == sum(one[0] for one in sent) + 4 * messages
     assert 1.0 <= sum(one[3] for one in sent) / sum(one[0] for one in sent) < 1.02  # all-gathers are padded
+
+
+def bytes_of_unlike_owners(shares):
+    segments = [Segment("table", 0, 160_000, Rounded())]
+    transport = transport_for()
+    Aggregator(transport, ErrorFeedback(), 3000, shares=shares).all_reduce(torch.randn(160_000), segments, step=0)
+    return transport.bytes_sent
+
+
+@pytest.mark.parametrize("shares", [(0, 0.5, 0.3, 0.2), (0, 1, 0)])
+def test_an_owner_of_less_sends_less(shares):
+    ranks, size = len(shares), 160_000 + 4 * 20_000
+    for share, sent in zip(shares, run_on_grid(bytes_of_unlike_owners, ranks, shares=shares), strict=True):
+        assert sent == pytest.approx((1 + (ranks - 2) * share) * size, rel=0.02)
 
 
 def alone():

@@ -90,6 +90,26 @@ def test_sums_are_those_of_the_encoded_sums_of_hosts(hosts):
     run_on_grid(sums_in_two_levels, len(hosts), hosts=hosts)
 
 
+def sums_of_unlike_hosts(hosts, shares):
+    rank = dist.get_rank()
+    local, across = (PointToPoint(group) for group in subgroups(hosts))
+    feedback, residuals = ErrorFeedback(), {}
+    aggregator = HierarchicalAggregator(local, across, feedback, chunk_bytes=32, shares=shares)
+    segments, length = layout()
+    for step in range(3):
+        flat = filled(segments, length, gradients(rank, seed=step))
+        assert aggregator.all_reduce(flat, segments, step)
+        check_equal(read(segments, flat), reference(hosts, step, residuals))
+        feedback.commit()
+    return any(side == "server" for side, *_ in feedback.state_dict())
+
+
+def test_a_host_may_sum_nothing():
+    assert run_on_grid(sums_of_unlike_hosts, 6, hosts=[0, 0, 1, 1, 2, 2], shares=(1, 0, 2)) == [
+        True, True, False, False, True, True,
+    ]  # fmt: skip
+
+
 def tiny_and_bad(kind):
     local, across = subgroups([0, 0, 1, 1])
     aggregator = HierarchicalAggregator(kind(local), PointToPoint(across), ErrorFeedback(), chunk_bytes=64)

@@ -274,6 +274,35 @@ def test_residuals_are_shared_out_when_the_data_axis_changes(tmp_path, stage):
             assert torch.allclose(value, held_back[name], atol=1e-8), name
 
 
+def _owned(folder):
+    engine = _engine("int4")
+    expected = _steps(engine, 0, 8)
+    some = _engine("int4", owner_shares=[0, 2, 1])
+    assert _steps(some, 0, 4) == expected[:8]
+    some.save_checkpoint(str(folder))
+    assert _steps(some, 4, 8) == expected[8:] and torch.equal(_weights(some), _weights(engine))
+    again = _engine("int4", owner_shares=[0, 2, 1])
+    again.load_checkpoint(str(folder))
+    assert _steps(again, 4, 8) == expected[8:]
+    kept = [(name, value.sum()) for (_, name, *_), value in torch.load(_own(folder))["residuals"].items()]
+    total = {name: sum(value for of, value in kept if of == name) for name, _ in kept}
+    other = _engine("int4", owner_shares=[1, 1, 1])
+    other.load_checkpoint(str(folder))
+    shared_out = {name: value.sum() for (_, name, *_), value in _residuals(other).items()}
+    return [{name: float(value) for name, value in some.items()} for some in (total, shared_out)]
+
+
+def _own(folder):
+    return folder / "global_step4" / f"compression_rank_{dist.get_rank():05d}.pt"
+
+
+def test_owners_change_nothing_and_what_they_hold_back_is_shared_out_when_others_take_over(tmp_path):
+    ranks = run_on_grid(_owned, 3, folder=tmp_path)
+    for name, mean in ranks[0][1].items():
+        assert all(shared[name] == mean for _, shared in ranks)
+        assert sum(total[name] for total, _ in ranks if name in total) / 3 == pytest.approx(mean, abs=1e-6)
+
+
 _REFUSED = {
     "ZeRO-3": ({"zero_optimization": {"stage": 3}}, {}, "ZeRO-3"),
     "contiguous": ({"zero_optimization": {"stage": 2, "contiguous_gradients": False}}, {}, "contiguous_gradients"),
@@ -284,6 +313,8 @@ _REFUSED = {
     ),
     "communication dtype": ({"communication_data_type": "bf16"}, {}, "communication_data_type"),
     "Adam with momentum": ({}, {"momentum": 0.9}, "SGD without momentum"),
+    "owners of ZeRO": ({"zero_optimization": {"stage": 1}}, {"owner_shares": [1]}, "owner_shares.*ZeRO"),
+    "owners of others": ({}, {"owner_shares": [1, 2, 3]}, '"owner_shares" has 3 number.*2 replica'),
 }
 
 
@@ -296,7 +327,7 @@ def _refused(config, options, message):
 @pytest.mark.parametrize("case", _REFUSED)
 def test_what_cannot_work_is_refused_in_one_line(case):
     changes, options, message = _REFUSED[case]
-    run_on_grid(_refused, 1, config=_config(**changes), options=options, message=message)
+    run_on_grid(_refused, 2, config=_config(**changes), options=options, message=message)
 
 
 def _auto(slow):

@@ -64,6 +64,24 @@ def test_owners_get_about_equal_bytes_of_every_chunk(owners):
     assert sum(sizes) == sum(-(-s.compressor.wire_bytes(s.numel) // 4) * 4 for s in segments)
 
 
+@pytest.mark.parametrize("shares", [(1, 1, 1, 0), (0, 0.5, 0, 2), (3, 1), (0.333, 0.333, 0.334, 0.0)])
+def test_owners_get_their_shares_of_every_chunk(shares):
+    segments = segments_of([4096, 70_000, 33, 768, 250_000], Blocks(256))
+    chunks, share = plan(segments, len(shares), 4096, shares), [share / sum(shares) for share in shares]
+    assert len(chunks) > 10
+    for chunk in chunks:
+        assert max(chunk.sizes) <= 4096 + 520
+        for size, part in zip(chunk.sizes, share, strict=True):
+            assert abs(size - part * sum(chunk.sizes)) <= 3 * 520 if part else size == 0
+    held = [part for chunk in chunks for owned in chunk.parts for part in owned]
+    assert sorted(places(held)) == [p for s in segments for p in range(s.offset, s.offset + s.numel)]
+
+
+def test_equal_shares_are_the_plan_without_shares():
+    segments = segments_of([4096, 70_000, 33, 768, 250_000], Blocks(256))
+    assert plan(segments, 4, 4096, (2, 2, 2, 2)) == plan(segments, 4, 4096)
+
+
 def test_neighbours_that_are_sent_as_they_are_become_one_part():
     vectors = segments_of([5, 6, 7], Float32())
     (chunk,) = plan([*vectors, Segment("far", 30, 4, Float32())], 1, 10**6)

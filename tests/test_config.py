@@ -153,6 +153,18 @@ def test_compression_is_checked_against_deepspeeds_keys():
     refused(lambda: load_config({**block, "zero_optimization": {"stage": 3}}), '"int8"', '"zero_optimization.stage" 3')
     refused(lambda: load_config({**block, "communication_data_type": "bf16"}), '"communication_data_type" "bf16"')
     assert load_config({**block, "zero_optimization": {"stage": 2}}).recsys.compression.method == "int8"
+    block["recsys"]["compression"]["owner_shares"] = [0, 1, 1]
+    refused(
+        lambda: load_config({**block, "zero_optimization": {"stage": 1}}),
+        '"recsys.compression.owner_shares"',
+        "stage 0",
+    )
+    refused(
+        lambda: load_config({"train_batch_size": 12, **block}).resolve(world_size=2),
+        "owner_shares",
+        "3 number(s)",
+        "2 replica(s)",
+    )
 
 
 # ---- the block
@@ -173,6 +185,8 @@ def test_compression_is_checked_against_deepspeeds_keys():
         ({"data": "all"}, ("\"recsys.data\" is 'all'", "integer", '"auto"')),
         ({"compression": {"method": "int9"}}, ('"recsys.compression.method"', "'int9'", "powersgd")),
         ({"compression": {"method": "int8", "ratio": 0.1}}, ('"ratio" is for topk and randomk', '"int8"')),
+        ({"compression": {"owner_shares": [1, 2]}}, ('"owner_shares" is for bf16', '"method" is "none"')),
+        ({"compression": {"method": "int8", "owner_shares": [0, 0]}}, ('"owner_shares"', "nobody", "at least one")),
         ({"compression": {"method": "sign", "warmup": "ratio"}}, ('"warmup": "ratio"', '"sign"')),
         (
             {"compression": {"method": "topk", "momentum": 0.9, "error_feedback": False}},

@@ -1,5 +1,6 @@
 """What `"parallel": "auto"` predicts and chooses, from facts that are written down here."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from ds_recsys import UserError
 from ds_recsys.balance.costs import predict as predict_pipeline
 from ds_recsys.planner.facts import Facts, LayerFacts, Line, SumFacts
+from ds_recsys.planner.links import pairs_of
+from ds_recsys.planner.owners import owner_shares, replica_shares
 from ds_recsys.planner.plan import Plan, grids, plans
 from ds_recsys.planner.predict import _costs, predict
 from ds_recsys.planner.rule import MUST_GAIN, decide
@@ -230,6 +233,71 @@ def test_a_slow_replica_gets_fewer_windows():
     assert "recsys.data_shares" not in plan.values()
     chosen = _chosen(facts)
     assert chosen.data == 4 and chosen.shares[3] < chosen.shares[0]
+
+
+def _slowest_link(shares, rates) -> float:
+    return max((1 + (len(rates) - 2) * share) / rate for share, rate in zip(shares, rates, strict=True))
+
+
+@pytest.mark.parametrize(
+    "rates, expected",
+    [
+        ((4, 4, 4, 1), (1 / 3, 1 / 3, 1 / 3, 0)),
+        ((1, 1, 1.2), ()),  # as good as equal
+        ((9, 1), ()),  # two send each other everything
+        ((1, 2, 2), (0, 0.5, 0.5)),
+        ((1, 1, 4), (0, 0, 1)),
+        ((1, 1, 1, 1.5), (1 / 6, 1 / 6, 1 / 6, 1 / 2)),
+    ],
+)
+def test_a_slow_link_sums_less(rates, expected):
+    shares = owner_shares(rates)
+    assert shares == pytest.approx(expected, abs=2e-3)
+    if shares:
+        assert sum(shares) == pytest.approx(1, abs=2e-3)
+        assert _slowest_link(shares, rates) < 0.95 * _slowest_link([1 / len(rates)] * len(rates), rates)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_parts_spare_the_slowest_link_more(seed):
+    draw = random.Random(seed)
+    rates = [draw.uniform(1, 6) for _ in range(draw.randint(3, 7))]
+    best = _slowest_link(owner_shares(rates) or [1 / len(rates)] * len(rates), rates)
+    for _ in range(500):
+        parts = [draw.expovariate(1) * (draw.random() < 0.8) for _ in rates]
+        if sum(parts):
+            other = _slowest_link([part / sum(parts) for part in parts], rates)
+            assert best < 1.01 * other or max(rates) < 1.25 * min(rates)
+
+
+def test_replicas_share_what_their_host_sums():
+    assert replica_shares((0, 1, 2, 3), (4, 4, 4, 1), 4, 1) == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0), abs=2e-3)
+    assert replica_shares((0, 0, 1, 1, 2, 2), (1, 9, 9), 6, 1) == (0, 0, 0.25, 0.25, 0.25, 0.25)
+    assert replica_shares((0, 0, 1, 1, 2, 2), (1, 9, 9), 3, 2) == (0, 0.5, 0.5)
+    # the second stage of the first replica has the slow link
+    assert replica_shares((0, 1, 2, 3, 4, 5), (9, 9, 9, 1, 9, 9), 3, 1) == (0, 0.5, 0.5)
+    assert replica_shares((0, 1, 2, 3), (4, 4, 4, 1), 2, 1) == ()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+def test_all_hosts_meet_in_pairs(count):
+    rounds = [pairs_of(count, number) for number in range(count - 1 + count % 2)]
+    met = [frozenset(pair) for pairs in rounds for pair in pairs]
+    assert len(met) == len(set(met)) == count * (count - 1) // 2
+    for pairs in rounds:
+        assert len({one for pair in pairs for one in pair}) == 2 * len(pairs)
+
+
+def test_unlike_owners_go_with_the_sums_that_they_were_measured_for():
+    facts = _facts((0, 1, 2, 3), value_seconds=6e-7)
+    cheap = SumFacts(1e-10, owners=(0.5, 0.5, 0.0, 0.0))
+    facts = replace(facts, sums={**facts.sums, (4, 1): {**facts.sums[4, 1], "int8": cheap}})
+    chosen = _chosen(facts, pipe=1)
+    assert (chosen.data, chosen.method, chosen.owners) == (4, "int8", cheap.owners)
+    assert chosen.values()["recsys.compression.owner_shares"] == [0.5, 0.5, 0.0, 0.0]
+    assert "summed in parts of 0.5/0.5/0/0" in str(chosen)
+    assert predict(facts, Plan(1, 4, 1, 16, 1, "int4")).plan.owners == ()
+    assert "recsys.compression.owner_shares" not in predict(facts, Plan(1, 4, 1, 16, 1)).plan.values()
 
 
 def test_a_heavy_head_is_shared_by_the_ranks_of_a_host():

@@ -13,7 +13,8 @@ from ds_recsys.balance.profile import StageProfiler
 from ds_recsys.errors import UserError
 
 _FIRST_PAUSE, _FIRST_RATE = 0.5, 100e6  # seconds, bytes per second: of a migration, before one has been seen
-_WORTH_A_MOVE = 0.01  # share of the step, for the one move of "profile"
+_WORTH_A_MOVE = 0.01  # share of the step, for the first move of "profile"
+_PROFILES = 3  # cuts that "profile" may make: what a stage takes depends a little on how much it waits
 _KEPT = 100_000  # records; what is older goes
 
 
@@ -55,7 +56,8 @@ class AdaptivePartition:
 
     Args:
         engine: any PipelineEngine whose layers can move; see `ds_recsys.balance.migrate.migrate`.
-        method: "adaptive" watches all the time; "profile" cuts once, after the first steps.
+        method: "adaptive" watches all the time; "profile" cuts after the first steps, measures again at that cut, and
+            corrects it where `rule.gain` is to be had, twice at most.
         total_steps: of the run; a move must be won back before its end. None is a run without end.
         rule: what a move must promise.
         memory_limit: bytes a device may hold; None is no limit.
@@ -135,7 +137,8 @@ class AdaptivePartition:
         if not (meter.ready and meter.settled):
             return None
         if self.method == "profile":
-            best, share = best_cut(meter.costs(), bounds, micro_batches, _WORTH_A_MOVE)
+            least = self._decider.rule.gain if self.moves else _WORTH_A_MOVE
+            best, share = best_cut(meter.costs(), bounds, micro_batches, least)
             return Decision(step, best, meter.step_seconds, share * meter.step_seconds)
         left = float("inf") if self.total_steps is None else self.total_steps - step
         pause = lambda cut: self._pause(bounds, cut)  # noqa: E731
@@ -163,7 +166,7 @@ class AdaptivePartition:
     def _move(self, bounds: tuple[int, ...]) -> Migration | None:
         """Collective: what rank 0 has decided."""
         decision, before, after = self._told(bounds)
-        if self.method == "profile":
+        if self.method == "profile" and (decision.bounds == bounds or len(self.moves) == _PROFILES - 1):
             self.close()
         if decision.bounds == bounds:
             if dist.get_rank() == 0:
@@ -175,11 +178,13 @@ class AdaptivePartition:
             if isinstance(error, MigrationError) and "are still" not in str(error):
                 raise
             self._decider.failed(decision.step)
+            if self.method == "profile":
+                self.close()
             if dist.get_rank() == 0:
                 self._announce(f"balance, step {decision.step}: {error}")
             return None
         self.moves.append(Move(decision, migration, before, after))
-        self._meter.moved()
+        self._meter.moved(afresh=self.method == "profile")
         if dist.get_rank() == 0:
             self._report(self.moves[-1])
         return migration

@@ -91,11 +91,17 @@ class Meter:
         """Of the last steps, median."""
         return median(reading.step_seconds for reading in self._recent)
 
-    def moved(self) -> None:
-        """The stages hold other layers now: what whole stages took before says nothing any more."""
+    def moved(self, afresh: bool = False) -> None:
+        """The stages hold other layers now: what whole stages took before says nothing any more.
+
+        Args:
+            afresh: forget what single layers took as well, and sample them again at once.
+        """
         self._recent.clear()
-        self._profiler.clear()
+        self._profiler.clear(afresh)
         self._pending = None
+        if afresh:
+            self._samples.clear()
 
     def costs(self) -> PipelineCosts:
         """Of all layers in a micro-batch of usual length, and of the devices as they are now."""

@@ -66,10 +66,12 @@ class StageProfiler:
         self._read()
         return list(self._done)
 
-    def clear(self) -> None:
-        """Forget the steps so far, as after a migration."""
+    def clear(self, afresh: bool = False) -> None:
+        """Forget the steps so far, as after a migration; `afresh`: sample single layers as often as in the first steps."""
         self._done.clear()
         self._unread.clear()
+        if afresh:
+            self._count = 0
 
     def close(self) -> None:
         """Take the hook off."""

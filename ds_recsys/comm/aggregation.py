@@ -32,7 +32,8 @@ class Aggregator:
     With one rank nothing is sent and the buffer stays as it is.
 
     Bytes sent by each of N ranks, of a payload of p bytes: 2 (N-1)/N p in two phases, p with two ranks, (N-1)/N p in
-    `reduce_to_owners`; 4 more per message with checksums.
+    `reduce_to_owners`; 4 more per message with checksums. In two phases an owner of a share f of the values sends and
+    receives (1 + (N-2) f) p: p at least, with f = 0, for a rank on a slow link.
 
     Args:
         transport: see `transport_for`.
@@ -40,6 +41,7 @@ class Aggregator:
         chunk_bytes: about the largest message. While one chunk travels the next is encoded and the one before decoded.
         depth: chunks that are under way together in each phase.
         checksum: whether a crc32 is sent with every message, and checked.
+        shares: by rank, of the values that it sums for all in two phases, in proportion; None is equal shares.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class Aggregator:
         chunk_bytes: int = CHUNK_BYTES,
         depth: int = DEPTH,
         checksum: bool = False,
+        shares: tuple[float, ...] | None = None,
     ):
         self.transport, self.feedback = transport, feedback
-        self.chunk_bytes, self.depth, self.checksum = chunk_bytes, depth, checksum
+        self.chunk_bytes, self.depth, self.checksum, self.shares = chunk_bytes, depth, checksum, shares
         self._plan, self._plan_owned = (functools.lru_cache(PLANS_KEPT)(one) for one in (plan, plan_owned))
         self._slots: list[Slot] = []
 
@@ -78,7 +81,7 @@ class Aggregator:
             chunks = self._plan(tuple(segments), 1, self.chunk_bytes)
             self._run(3, chunks, lambda *chunk: gather(*chunk, codec, self.transport))
         else:
-            chunks = self._plan(tuple(segments), ranks, self.chunk_bytes)
+            chunks = self._plan(tuple(segments), ranks, self.chunk_bytes, self.shares)
             self._run(4, chunks, lambda *chunk: two_phase(*chunk, codec, self.transport))
         return codec.finite
 

@@ -11,7 +11,7 @@ from ds_recsys import compat
 from ds_recsys.comm import probe, state
 from ds_recsys.comm.backend import GradientBackend
 from ds_recsys.comm.groups import group_like, place_of
-from ds_recsys.comm.reducer import Reducer
+from ds_recsys.comm.reducer import Reducer, owned
 from ds_recsys.comm.report import summary
 from ds_recsys.config.compression import Compression
 from ds_recsys.errors import UserError
@@ -200,6 +200,7 @@ def _refuse(engine, options: Compression) -> None:
         'ZeRO needs "contiguous_gradients": true for it': zero and not engine.zero_contiguous_gradients(),
         'ZeRO needs "use_multi_rank_bucket_allreduce": true for it': zero
         and not engine.zero_multi_rank_bucket_allreduce(),
+        '"owner_shares" is not for ZeRO, whose shards say who sums what; remove it': options.owner_shares and zero,
         '"communication_data_type" rounds gradients before; remove it': compat.casts_gradients(engine),
         "momentum correction needs one reduction a step, and ZeRO-2 makes one a micro-batch": options.momentum
         and zero == 2,
@@ -209,6 +210,7 @@ def _refuse(engine, options: Compression) -> None:
     for reason, applies in reasons.items():
         if applies and options.method != "none":
             raise UserError(f"recsys.compression: {reason}")
+    owned(options, dist.get_world_size(compat.data_parallel_group(engine)))
 
 
 def _plain_sgd(optimizer) -> bool:

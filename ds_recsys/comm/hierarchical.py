@@ -59,6 +59,7 @@ class HierarchicalAggregator:
 
     Args:
         local, across: transports of the two groups of `subgroups`.
+        shares: by host, in proportion; see `Aggregator`.
     """
 
     def __init__(
@@ -69,17 +70,19 @@ class HierarchicalAggregator:
         chunk_bytes: int = CHUNK_BYTES,
         depth: int = DEPTH,
         checksum: bool = False,
+        shares: tuple[float, ...] | None = None,
     ):
         self.local, self.across, self.feedback = local, across, feedback
         self.chunk_bytes, self.depth, self.checksum = chunk_bytes, depth, checksum
-        self._plan = functools.lru_cache(PLANS_KEPT)(plan)
+        self._plan, self._shares = functools.lru_cache(PLANS_KEPT)(plan), shares
         self._slots: list[Slot] = []
 
     @torch.no_grad()
     def all_reduce(self, flat: Tensor, segments, step: int) -> bool:
         """See `Aggregator.all_reduce`; what it returns is about the host's sums that this rank encoded."""
         owners = 1 if gathers(self.across.size) else self.across.size
-        chunks = self._plan(tuple(segments), self.local.size * owners, self.chunk_bytes)
+        shares = self._shares * self.local.size if self._shares and owners > 1 else None
+        chunks = self._plan(tuple(segments), self.local.size * owners, self.chunk_bytes, shares)
         codec = Codec(flat, self.feedback, step, self.checksum)
         stages = 5 if owners == 1 else 6
         in_turn(chunks, stages, self.depth, self._slots, lambda *chunk: self._stages(*chunk, codec, owners))

@@ -1,9 +1,14 @@
 """Who sums which values of a flat gradient buffer, and in which order they travel: a plan, the same on all ranks. Pure."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 from ds_recsys.comm.compressors.base import Compressor
+
+_UNITS = 1_000_000  # that owners' shares are rounded to: integers cut alike on all ranks
 
 
 @dataclass(frozen=True)
@@ -72,17 +77,19 @@ class Chunk:
         return tuple(sum(part.padded_bytes for part in parts) for parts in self.parts)
 
 
-def plan(segments, owners: int, chunk_bytes: int) -> list[Chunk]:
-    """Every value of `segments` to one of `owners`, who get about equal bytes of every chunk.
+def plan(segments, owners: int, chunk_bytes: int, shares: Sequence[float] | None = None) -> list[Chunk]:
+    """Every value of `segments` to one of `owners`, who get about equal bytes of every chunk, or `shares` of them.
 
     Cuts fall between the compressors' blocks, so what a block is encoded as does not depend on the plan.
 
     Args:
         chunk_bytes: about the largest payload of one owner in one chunk.
+        shares: by owner, in proportion; an owner may have none.
     """
     parts = _whole(segments)
-    count = max(1, -(-_bytes(parts) // (owners * chunk_bytes)))
-    pieces = _cut(parts, count * owners)
+    weights = [1] * owners if shares is None else [round(_UNITS * share / sum(shares)) for share in shares]
+    count = max(1, -(-_bytes(parts) * max(weights) // (sum(weights) * chunk_bytes)))
+    pieces = _cut(parts, weights * count)
     return [Chunk(tuple(pieces[i : i + owners])) for i in range(0, len(pieces), owners)]
 
 
@@ -94,7 +101,7 @@ def plan_owned(segments, ranges, chunk_bytes: int) -> list[Chunk]:
     """
     wanted = [_owned(_whole(segments), _joined(mine)) for mine in ranges]
     count = max(1, -(-max(_bytes(parts) for parts in wanted) // chunk_bytes))
-    return [Chunk(tuple(pieces)) for pieces in zip(*(_cut(parts, count) for parts in wanted), strict=True)]
+    return [Chunk(tuple(pieces)) for pieces in zip(*(_cut(parts, [1] * count) for parts in wanted), strict=True)]
 
 
 def _bytes(parts: list[Part]) -> int:
@@ -126,16 +133,17 @@ def _slice(part: Part, first: int, last: int, **changes) -> Part:
     return replace(part, start=part.start + first, stop=part.start + last, offset=part.offset + first, **changes)
 
 
-def _cut(parts: list[Part], count: int) -> list[tuple[Part, ...]]:
-    """`parts`, cut at blocks into `count` pieces of about equal bytes: a block goes where its first byte would."""
-    total, before, pieces = _bytes(parts), 0, [[] for _ in range(count)]
+def _cut(parts: list[Part], weights: list[int]) -> list[tuple[Part, ...]]:
+    """`parts`, cut at blocks into pieces with about these shares of the bytes: a block goes where its first byte would."""
+    total, before, pieces = _bytes(parts), 0, [[] for _ in weights]
+    ends = list(accumulate(weights))  # of the pieces, in units of which all bytes have ends[-1]
     for part in parts:
         size, block = part.padded_bytes, part.compressor.block
         blocks, first = -(-part.numel // block), 0
         while first < blocks:
-            piece = (before * blocks + size * first) * count // (blocks * total)
-            beyond = (piece + 1) * total * blocks - before * blocks * count
-            last = min(blocks, -(-beyond // (size * count)))
+            piece = bisect_right(ends, (before * blocks + size * first) * ends[-1] // (blocks * total))
+            beyond = ends[piece] * total * blocks - before * blocks * ends[-1]
+            last = min(blocks, -(-beyond // (size * ends[-1])))
             pieces[piece].append(_slice(part, first * block, min(last * block, part.numel)))
             first = last
         before += size

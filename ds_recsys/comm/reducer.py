@@ -21,6 +21,7 @@ from ds_recsys.comm.momentum import MomentumCorrection
 from ds_recsys.comm.shared_memory import local_transport_for
 from ds_recsys.comm.transport import transport_for
 from ds_recsys.config.compression import Compression
+from ds_recsys.errors import UserError
 
 _WARMUP_LEVELS = 5
 _WARMUP_RATIO = 0.25  # of the first level, as in Deep Gradient Compression
@@ -79,7 +80,8 @@ class Reducer:
         self.feedback = ErrorFeedback(self.options.error_feedback, self.device)
         self.totals, self.step, self.finite = Totals(), 0, True
         keywords = {"checksum": self.options.checksum}
-        self._flat = self._aggregator = Aggregator(transport_for(group), self.feedback, **keywords)
+        shares = owned(self.options, dist.get_world_size(group))
+        self._flat = self._aggregator = Aggregator(transport_for(group), self.feedback, **keywords, shares=shares)
         # momentum correction reads each rank's own error
         hierarchical = False if self.options.momentum else self.options.hierarchical
         hosts = shared_hosts(group, hierarchical, hosts)
@@ -87,6 +89,11 @@ class Reducer:
         if self.hierarchical:
             local, across = subgroups(hosts, group)
             local = local_transport_for(local)
+            if shares:
+                shares = tuple(
+                    sum(s for s, on in zip(shares, hosts, strict=True) if on == host) for host in dict.fromkeys(hosts)
+                )
+            keywords["shares"] = shares
             self._aggregator = HierarchicalAggregator(local, transport_for(across), self.feedback, **keywords)
         elif method == "none" and not in_rank_order:
             self._flat = self._aggregator = BackendSum(group)
@@ -230,6 +237,22 @@ class Reducer:
             self._low_rank.load_state_dict(state["factors"])
         if self._momentum:
             self._momentum.load_state_dict(state["velocities"])
+
+
+def owned(options: Compression, ranks: int) -> tuple[float, ...] | None:
+    """What each rank of a group of `ranks` sums for all, where the block says so.
+
+    Raises:
+        UserError: it says so for another number of ranks.
+    """
+    if options.owner_shares is None:
+        return None
+    if len(options.owner_shares) != ranks:
+        raise UserError(
+            f'"owner_shares" has {len(options.owner_shares)} number(s), the data axis {ranks} replica(s); give one to each, or '
+            "leave it out"
+        )
+    return tuple(options.owner_shares)
 
 
 def is_compressed(options: Compression, name: str, shape: tuple[int, ...]) -> bool:

@@ -20,15 +20,17 @@ def save(folder: Path, reducer, place: dict) -> None:
         place: rank, world_size, pipe_rank, data_rank, data_size, tensor_rank and tensor_size of this rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"place": place, "method": reducer.options.method, **reducer.state_dict()}
+    kept = {"method": reducer.options.method, "owner_shares": reducer.options.owner_shares}
+    content = {"place": place, **kept, **reducer.state_dict()}
     torch.save(content, file_of(folder, place["rank"]))
 
 
 def load(folder: Path, reducer, place: dict, names: set[str]) -> None:
     """Go on from a checkpoint; on the grid it was saved on, bit for bit.
 
-    With another number of data-parallel ranks each gets the mean of the residuals, worker's and server's: what was held
-    back of the average gradient stays the same. With another tensor axis, or none saved, they begin at zero (logged).
+    With another number of data-parallel ranks, or other owners of the sums, each gets the mean of the residuals, worker's
+    and server's: what was held back of the average gradient stays the same. With another tensor axis, or none saved, they
+    begin at zero (logged).
 
     Args:
         place: as in `save`.
@@ -41,7 +43,8 @@ def load(folder: Path, reducer, place: dict, names: set[str]) -> None:
     own = file_of(folder, place["rank"])
     if own.exists():
         content = torch.load(own, weights_only=True)
-        if content["place"] == place and len(files) == place["world_size"] and _names(content) <= names:
+        same = content["place"] == place and content.get("owner_shares") == reducer.options.owner_shares
+        if same and len(files) == place["world_size"] and _names(content) <= names:
             reducer.load_state_dict(content)
             return
     contents = [torch.load(file, weights_only=True, mmap=True) for file in files]

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_FILLED = 0.9  # of what equal sizes would be, that padding is worth
+
 
 def transport_for(group: dist.ProcessGroup | None = None):
     """What is fastest on the group's backend: `PointToPoint` on gloo, `Collective` elsewhere."""
@@ -113,6 +115,9 @@ class _Collectives:
         sizes = [payload.numel() for payload in self._incoming]
         sizes[here.rank] = mine.numel()
         longest = max(sizes)  # padded: all ranks give one size
+        if sum(sizes) < _FILLED * here.size * longest:  # or not at all, where some have much less to send
+            self.send([mine] * here.size)
+            return
         self._sent = mine.new_zeros(longest)
         self._sent[: mine.numel()] = mine
         self._received = mine.new_empty(here.size * longest)

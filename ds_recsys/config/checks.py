@@ -82,6 +82,11 @@ def _check_compression(deepspeed: Mapping[str, Any], recsys: Recsys, source: str
     what = f'{source}: "recsys.compression.method" "{recsys.compression.method}"'
     if zero_stage(deepspeed) > 2:
         raise UserError(f'{what} does not work with "zero_optimization.stage" 3; use stage 0, 1 or 2')
+    if recsys.compression.owner_shares is not None and zero_stage(deepspeed):
+        raise UserError(
+            f'{source}: "recsys.compression.owner_shares" does not work with "zero_optimization.stage" '
+            f"{zero_stage(deepspeed)}, whose shards say who sums what; use stage 0 or leave it out"
+        )
     if deepspeed.get("communication_data_type"):
         raise UserError(
             f'{what} and "communication_data_type" "{deepspeed["communication_data_type"]}" both say what gradients are '
@@ -140,6 +145,7 @@ def _check_data_parallel(deepspeed: Mapping[str, Any], recsys: Recsys, source: s
             ("method", compression.method == "powersgd", "powersgd, which needs all replicas at once; choose another"),
             ("error_feedback", not compression.error_feedback, "false: what was not sent is sent later; remove it"),
             ("warmup_steps", compression.warmup_steps, "above 0: there are no common steps; remove it"),
+            ("owner_shares", compression.owner_shares, "set: there replicas exchange in pairs; remove it"),
         ):
             if applies:
                 raise UserError(f'{what} does not work with "recsys.compression.{key}" {reason}')
@@ -179,14 +185,17 @@ def check_grid(recsys: Recsys, world_size: int, source: str) -> int:
     return recsys.data
 
 
-def check_data_shares(recsys: Recsys, data: int, source: str) -> None:
+def check_shares(recsys: Recsys, data: int, source: str) -> None:
     """A share for each of `data` replicas."""
-    shares = recsys.data_shares
-    if shares is not None and len(shares) != data:
-        raise UserError(
-            f'{source}: "recsys.data_shares" has {len(shares)} number(s), the data axis {data} replica(s); give one to each, '
-            "or leave it out"
-        )
+    for key, shares in (
+        ("data_shares", recsys.data_shares),
+        ("compression.owner_shares", recsys.compression.owner_shares),
+    ):
+        if shares is not None and len(shares) != data:
+            raise UserError(
+                f'{source}: "recsys.{key}" has {len(shares)} number(s), the data axis {data} replica(s); give one to each, '
+                "or leave it out"
+            )
 
 
 def check_pipeline_engine(deepspeed: Mapping[str, Any], recsys: Recsys, source: str) -> None:

@@ -1,6 +1,6 @@
 """The "compression" block: how gradients travel on the data axis."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,11 @@ class Compression(Block):
         "auto",
         description='Sum among the ranks of a host before anything is sent to others; `"auto"` where hosts hold several.',
     )
+    owner_shares: list[Annotated[float, Field(ge=0)]] | None = Field(
+        None,
+        description="A number per replica: in these proportions they sum the gradients for all. A replica sends and receives "
+        "least where it sums nothing: 0 for one on a slow link. For three hosts or more; null is equal parts.",
+    )
     checksum: bool = Field(False, description="Check a CRC-32 of everything that is received.")
 
     @model_validator(mode="after")
@@ -59,12 +64,15 @@ class Compression(Block):
                 raise ValueError(f'"{option}" is for {" and ".join(methods)}, and "method" is "{self.method}"')
         if self.warmup == "ratio" and self.method not in _NEEDS["ratio"]:
             raise ValueError(f'"warmup": "ratio" is for topk and randomk, and "method" is "{self.method}"')
+        if self.owner_shares is not None and not sum(self.owner_shares):
+            raise ValueError('"owner_shares" leaves nobody to sum the gradients; give at least one replica a part')
         if self.momentum and not self.error_feedback:
             raise ValueError('"momentum" works on what error feedback keeps, and "error_feedback" is false')
         return self
 
 
 _NEEDS = {
+    "owner_shares": ("bf16", "int8", "int4", "sign", "topk", "randomk", "powersgd"),
     "rotate": ("int4",),
     "ratio": ("topk", "randomk"),
     "values": ("topk",),

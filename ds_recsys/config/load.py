@@ -66,7 +66,7 @@ class Config:
         """
         world_size = world_size or resolve.ranks("WORLD_SIZE") or 1
         data = checks.check_grid(self.recsys, world_size, self.source)
-        checks.check_data_shares(self.recsys, data, self.source)
+        checks.check_shares(self.recsys, data, self.source)
         checks.check_pipeline_engine(self._deepspeed, self.recsys, self.source)
         if model_config is not None:
             checks.check_model(self.recsys, model_config, self.source)

@@ -14,7 +14,7 @@ class Partition(Block):
         "parameters",
         description='What is balanced over the stages: `"parameters"` (trainable parameters), `"uniform"` (layers) or '
         '`"type:REGEX"` (layers whose class name matches), as in DeepSpeed\'s PipelineModule; `"profile"`: the measured step, '
-        'once, after the first steps; `"adaptive"`: all the time, moving layers of the running pipeline.',
+        'after the first steps, corrected once or twice; `"adaptive"`: all the time, moving layers of the running pipeline.',
     )
     bounds: list[NonNegative] | None = Field(
         None,

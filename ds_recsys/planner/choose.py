@@ -16,6 +16,7 @@ from ds_recsys.errors import UserError
 from ds_recsys.models.specs import ModelBuilder
 from ds_recsys.planner import layers, links
 from ds_recsys.planner.facts import Facts
+from ds_recsys.planner.owners import replica_shares
 from ds_recsys.planner.plan import METHODS, MODES, Plan, divisors, plans
 from ds_recsys.planner.rule import MUST_GAIN, decide
 
@@ -122,6 +123,7 @@ class _Open:
         given = deepspeed.get("optimizer") or {}
         self.adam = given.get("type", "").lower() in ("adam", "adamw")
         self.adam = self.adam and not given.get("params", {}).keys() & {"fused", "foreach", "amsgrad"}
+        self.owners_open = compression.owner_shares is None and not zero_stage(deepspeed)
         self.partition_open = not recsys.partition.model_fields_set & {"method", "bounds"}
 
     @property
@@ -221,9 +223,16 @@ def _measure(
     candidates = [plan for plan in candidates if plan.tensor in kinds]
     methods = {plan.method for plan in candidates}
     blocks = [open_keys.compression(method) for method in ("none", *open_keys.methods) if method in {"none", *methods}]
+    rates: list[float] = []
+    if open_keys.owners_open and any(plan.data > 2 and plan.method != "none" for plan in candidates):
+        _tell("links")
+        rates = links.measure_rates(hosts)
     for data, tensor in sorted({(plan.data, plan.tensor) for plan in candidates if plan.data > 1}):
         _tell(f"sums over data {data} beside tensor {tensor}")
-        sums[data, tensor] = links.measure_sums(data, tensor, list({b.method: b for b in blocks}.values()), pace)
+        owners = replica_shares(hosts, rates, data, tensor) if rates else ()
+        sums[data, tensor] = links.measure_sums(
+            data, tensor, list({b.method: b for b in blocks}.values()), pace, owners
+        )
     strides = sorted({plan.data * plan.tensor for plan in candidates if plan.pipe > 1})
     skeleton = builder.skeleton
     table = sum(parameter.numel() for parameter in skeleton.embedding.parameters())

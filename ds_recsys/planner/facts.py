@@ -44,10 +44,15 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class SumFacts:
-    """A sum over the replicas, per value: seconds in all, and those in which the device cannot compute."""
+    """A sum over the replicas, per value: seconds in all, and those in which the device cannot compute.
+
+    Attributes:
+        owners: the replicas' parts of it with which it was measured; empty for equal parts.
+    """
 
     seconds: float
     processor: float = 0.0
+    owners: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

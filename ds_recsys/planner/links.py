@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -11,37 +12,87 @@ from ds_recsys.comm.probe import reduction
 from ds_recsys.comm.reducer import Reducer
 from ds_recsys.config.compression import Compression
 from ds_recsys.planner.facts import Line, SumFacts
+from ds_recsys.planner.rule import MUST_GAIN
 
 _VALUES = 1_000_000  # of a sum that is timed
 _SECONDS = 0.5  # spent on each measurement at least
 _MESSAGES = (4_096, 1_000_000)  # bytes
+_ROUNDS = 5  # of hosts in pairs
 
 
-def measure_sums(data: int, tensor: int, options: Sequence[Compression], pace: float) -> dict[str, SumFacts]:
+def measure_sums(
+    data: int, tensor: int, options: Sequence[Compression], pace: float, owners: tuple[float, ...] = ()
+) -> dict[str, SumFacts]:
     """Method -> cost of a value's sum over the data axis of a grid, all of its groups at once. Collective over the world.
 
     Args:
         options: one block for each method.
         pace: seconds of the device in which one of the process's processor seconds passes; 0 on an accelerator, which
             goes on computing while gradients are encoded.
+        owners: parts in which replicas might sum what is compressed; equal ones count where these are not faster.
     """
+    costs = {}
+    for block in options:
+        costs[block.method] = _measure_sum(data, tensor, block, pace)
+        if owners and block.method != "none":
+            unlike = block.model_copy(update={"owner_shares": list(owners)})
+            other = replace(_measure_sum(data, tensor, unlike, pace), owners=owners)
+            if other.seconds < MUST_GAIN * costs[block.method].seconds:
+                costs[block.method] = other
+    return costs
+
+
+def _measure_sum(data: int, tensor: int, block: Compression, pace: float) -> SumFacts:
     world, rank = dist.get_world_size(), dist.get_rank()
     stage = data * tensor
     first = rank // stage * stage + rank % tensor
     group = group_of([first + place * tensor for place in range(data)])
-    costs = {}
-    for block in options:
 
-        def make(method: str, block=block) -> Reducer:
-            given = {key: getattr(block, key) for key in block.model_fields_set - {"method"}}
-            return Reducer(group, method, **given)
+    def make(method: str) -> Reducer:
+        given = {key: getattr(block, key) for key in block.model_fields_set - {"method"}}
+        return Reducer(group, method, **given)
 
-        flat = torch.randn(_VALUES, device=_device(), generator=torch.Generator(_device()).manual_seed(0)).mul_(1e-3)
-        seconds, processor = _timed(reduction(group, block.method, make), flat)
-        found: list = [None] * world
-        dist.all_gather_object(found, (seconds / _VALUES, pace * processor / _VALUES))
-        costs[block.method] = SumFacts(max(one[0] for one in found), max(one[1] for one in found))
-    return costs
+    flat = torch.randn(_VALUES, device=_device(), generator=torch.Generator(_device()).manual_seed(0)).mul_(1e-3)
+    seconds, processor = _timed(reduction(group, block.method, make), flat)
+    found: list = [None] * world
+    dist.all_gather_object(found, (seconds / _VALUES, pace * processor / _VALUES))
+    return SumFacts(max(one[0] for one in found), max(one[1] for one in found))
+
+
+def measure_rates(hosts: Sequence[int]) -> list[float]:
+    """Bytes a second of each host's link, both ways at once, to the fastest of a few others. Collective over the world.
+
+    In each round the first ranks of all hosts exchange in pairs, so that every link serves one pair.
+
+    Args:
+        hosts: number of the host of each rank.
+    """
+    count, rank = max(hosts) + 1, dist.get_rank()
+    first = [hosts.index(host) for host in range(count)]
+    rates = [0.0] * count
+    for number in range(min(_ROUNDS, count - 1 + count % 2)):
+        pairs = pairs_of(count, number)
+        other = next((b if rank == first[a] else a for a, b in pairs if rank in (first[a], first[b])), None)
+        out = torch.zeros(_MESSAGES[-1] // 4, device=_device())
+        arriving, operations = torch.empty_like(out), []
+        if other is not None:
+            peer = first[other]
+            operations = [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, arriving, peer)]
+        seconds, _ = _timed(lambda _, operations=operations: _transfer(operations), out)
+        found: list = [None] * dist.get_world_size()
+        dist.all_gather_object(found, seconds)
+        for a, b in pairs:
+            rate = _MESSAGES[-1] / max(found[first[a]], found[first[b]])
+            rates[a], rates[b] = max(rates[a], rate), max(rates[b], rate)
+    return rates
+
+
+def pairs_of(count: int, number: int) -> list[tuple[int, int]]:
+    """Who meets whom in a round of a tournament of `count` players, who have all met after count - 1 (count, if odd)."""
+    even = count + count % 2
+    ring = [0, *(1 + (place + number) % (even - 1) for place in range(even - 1))]
+    pairs = zip(ring[: even // 2], reversed(ring[even // 2 :]), strict=True)
+    return [pair for pair in pairs if max(pair) < count]
 
 
 def measure_transfers(stride: int) -> Line:
@@ -57,15 +108,16 @@ def measure_transfers(stride: int) -> Line:
         if rank >= stride:
             operations.append(dist.P2POp(dist.irecv, arriving, rank - stride))
 
-        def transfer(_, operations=operations) -> None:
-            for request in dist.batch_isend_irecv(operations) if operations else ():
-                request.wait()
-
-        points.append((nbytes, _timed(transfer, out)[0]))
+        points.append((nbytes, _timed(lambda _, operations=operations: _transfer(operations), out)[0]))
     found: list = [None] * world
     dist.all_gather_object(found, points)
     slowest = [max(point[number][1] for point in found) for number in range(len(_MESSAGES))]
     return Line.through(*zip(_MESSAGES, slowest, strict=True))
+
+
+def _transfer(operations: list) -> None:
+    for request in dist.batch_isend_irecv(operations) if operations else ():
+        request.wait()
 
 
 def _timed(work: Callable, flat: torch.Tensor) -> tuple[float, float]:

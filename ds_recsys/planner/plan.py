@@ -19,6 +19,7 @@ class Plan:
         look_ahead: of "delayed".
         bounds: of the stages; empty for one stage, or before they are known.
         shares: windows of each replica in a micro-batch of all; empty for equal parts, or before they are known.
+        owners: what each replica sums for all, in proportion; likewise.
     """
 
     pipe: int
@@ -31,15 +32,18 @@ class Plan:
     look_ahead: bool = False
     bounds: tuple[int, ...] = field(default=(), compare=False)
     shares: tuple[int, ...] = field(default=(), compare=False)
+    owners: tuple[float, ...] = field(default=(), compare=False)
 
     def values(self) -> dict[str, Any]:
         """As dotted keys of a config, but for the bounds."""
         shares = {"recsys.data_shares": list(self.shares)} if self.shares else {}
+        owners = {"recsys.compression.owner_shares": list(self.owners)} if self.owners else {}
         return {
             "recsys.pipe": self.pipe,
             "recsys.data": self.data,
             "recsys.tensor": self.tensor,
             **shares,
+            **owners,
             "recsys.compression.method": self.method,
             "recsys.data_parallel.mode": self.mode,
             **({"recsys.data_parallel.look_ahead": True} if self.look_ahead else {}),
@@ -55,6 +59,8 @@ class Plan:
             words.append(
                 f"{'fp32' if self.method == 'none' else self.method} gradients, {self.mode}{' looking ahead' * self.look_ahead}"
             )
+        if self.owners:
+            words.append("summed in parts of " + "/".join(f"{share:.2g}" for share in self.owners))
         return ", ".join(words)
 
 

@@ -27,7 +27,7 @@ _AHEAD = 9  # copies that looking ahead takes beside an optimizer step: of all i
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of a step; `plan` with the bounds and shares that they hold for.
+    """Seconds of a step; `plan` with the bounds, shares and owners that they hold for.
 
     Attributes:
         compute: of the micro-batches, on the stage that has most to do, without waiting.
@@ -55,7 +55,8 @@ def predict(facts: Facts, plan: Plan, zero_stage: int = 0) -> Forecast:
         UserError: no cut fits in memory, or there are fewer layers than stages.
         KeyError: the facts do not cover the plan.
     """
-    plan = replace(plan, shares=_shares(facts, plan))
+    owners = facts.sums[plan.data, plan.tensor][plan.method].owners if plan.data > 1 else ()
+    plan = replace(plan, shares=_shares(facts, plan), owners=owners)
     costs = _costs(facts, plan, zero_stage)
     bounds = partition(costs, plan.micro_batches)
     alone = replace(costs, stages=tuple(replace(stage, reduction=0.0, optimizer=0.0) for stage in costs.stages))

@@ -109,7 +109,8 @@ def _straggler_model(pipe: int, options) -> Iterator[dict]:
 def _head_model(pipe: int, options, split: bool) -> Iterator[dict]:
     from benchmarks.balance_head import HEAD_BLOCKS, head
 
-    settings = _settings(pipe, 128, 8, max(2, options.micro_batches // 2), 4)
+    # passes that are long against the 10 ms in which a device gets its share of a core
+    settings = _settings(pipe, 128, 8, max(2, options.micro_batches // 4), 8)
     settings |= {
         "recsys.dataset.stride": None,
         "recsys.dataset.min_catalogue": options.items,

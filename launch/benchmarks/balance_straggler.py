@@ -13,6 +13,7 @@ from benchmarks.balance_job import Pipeline, best_of
 
 SLOWED = 1  # the stage
 _STEPS_BEFORE, _STEPS_TO_ACT, _STEPS_AFTER = 9, 10, 8
+_STEPS_TO_PROFILE = 24  # the first samples and a few steps more, at three cuts
 
 
 def straggler(pipeline: Pipeline, options) -> Iterator[dict]:
@@ -73,7 +74,7 @@ def profile(pipeline: Pipeline, start: list[int]) -> dict:
     """What `AdaptivePartition(method="profile")` makes of a cut: a row of kind "profile"."""
     pipeline.cut(start)
     pipeline.watch("profile")
-    steps = pipeline.steps(_STEPS_BEFORE, timeline=False)
+    steps = pipeline.steps(_STEPS_TO_PROFILE, timeline=False)
     found = pipeline.unwatch()
     bounds = found["moves"][-1]["bounds"] if found["moves"] else start
     return {"kind": "profile", "bounds": list(bounds), "moves": found["moves"], "acted": steps["moved"]}

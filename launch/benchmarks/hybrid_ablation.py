@@ -76,7 +76,7 @@ def without(values: dict, spec) -> dict[str, dict]:
     replicas, pipe = values["recsys.data"], values["recsys.pipe"]
     compressed = values["recsys.compression.method"] != "none"
     if compressed:
-        found["compression"] = {"recsys.compression.method": "none"}
+        found["compression"] = {"recsys.compression.method": "none", "recsys.compression.owner_shares": None}
     if values["recsys.data_parallel.mode"] != "sync":
         found["delay"] = {"recsys.data_parallel.mode": "sync", "recsys.data_parallel.look_ahead": False}
     elif compressed:
@@ -88,6 +88,8 @@ def without(values: dict, spec) -> dict[str, dict]:
         found["fused AdamW"] = {"optimizer.params.fused": False}
     if values.get("recsys.data_shares"):
         found["parts by speed"] = {"recsys.data_shares": None}
+    if values.get("recsys.compression.owner_shares"):
+        found["owners by link"] = {"recsys.compression.owner_shares": None}
     if pipe > 1 and "recsys.partition.bounds" in values:
         found["measured cut"] = {"recsys.partition.bounds": None, "recsys.partition.method": "parameters"}
     if pipe * values["recsys.tensor"] > 1:
@@ -98,6 +100,7 @@ def without(values: dict, spec) -> dict[str, dict]:
             "recsys.data": world,
             "recsys.tensor": 1,
             "recsys.data_shares": None,
+            "recsys.compression.owner_shares": None,
             "recsys.partition.bounds": None,
             "recsys.partition.method": "parameters",
             "train_micro_batch_size_per_gpu": batch // world,

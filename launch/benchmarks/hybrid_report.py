@@ -195,7 +195,9 @@ def _said(values: dict) -> str:
     count, size = values["gradient_accumulation_steps"], values["train_micro_batch_size_per_gpu"]
     size = "/".join(map(str, values.get("recsys.data_shares") or [size]))
     words = f"pipe {pipe} x data {data} x tensor {tensor}, {count} of {size}"
-    return words + (f", {'fp32' if method == 'none' else method}, {mode}" if data > 1 else "")
+    owners = "/".join(f"{share:.2g}" for share in values.get("recsys.compression.owner_shares") or ())
+    summed = f", summed in parts of {owners}" if owners else ""
+    return words + (f", {'fp32' if method == 'none' else method}, {mode}{summed}" if data > 1 else "")
 
 
 def _cell(row: dict) -> Cell:
