@@ -55,6 +55,38 @@ def test_c_and_torch_give_the_same_bits(method):
     check()
 
 
+@needs_compiler
+@every_method
+def test_the_sum_of_payloads_is_encoded_as_if_it_had_been_decoded(method):
+    method = METHODS[method]
+
+    @settings(deadline=None, max_examples=100)
+    @given(recipes(), recipes(), st.integers(1, 4), st.sampled_from([1.0, 1 / 3]), st.booleans())
+    def check(gradient, residual, count, multiplier, broken):
+        gradient, residual = values(*gradient), values(gradient[0], *residual[1:])
+        size, outcomes = len(gradient), []
+        payloads = [torch.empty(method.wire_bytes(size), dtype=torch.uint8) for _ in range(count)]
+        for number, payload in enumerate(payloads):
+            term = gradient * (1.0 - 0.7 * number)
+            if broken and number == count - 1:
+                term[size // 2] = torch.inf
+            method.encode(term, payload, seed=3)
+        total = torch.empty(size)
+        for number, payload in enumerate(payloads):
+            method.decode(payload, total, add=number > 0, seed=3)
+        expected = encode(method, total, residual, multiplier, 3)
+        for engine in ("c", "torch"):
+            with using(engine):
+                payload, error = torch.empty_like(payloads[0]), torch.empty(size)
+                given = {"residual": residual, "multiplier": multiplier, "error": error, "seed": 3}
+                outcomes.append((method.recode(payloads, payload, torch.empty(size), **given), payload, error))
+        for finite, payload, error in outcomes:
+            assert finite == expected[0] and torch.equal(payload, expected[1])
+            assert not finite or torch.equal(bits(error), bits(expected[2]))
+
+    check()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_torch_waits_for_a_device_once_per_encode_and_never_in_decode(method):
     class Waits(TorchDispatchMode):

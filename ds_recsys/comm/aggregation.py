@@ -155,8 +155,7 @@ def two_phase(index: int, chunk: Chunk, slot: Slot, codec: Codec, transport: Tra
     there.send(outgoing)
     yield
     there.wait()
-    sum_up(chunk.parts[rank], incoming, codec, transport, index)
-    codec.encode(chunk.parts[rank], answers[rank], codec.feedback.server)
+    answer(chunk.parts[rank], incoming, answers[rank], codec, index)
     back.spread(answers[rank])
     yield
     back.wait()
@@ -179,6 +178,13 @@ def one_phase(index: int, chunk: Chunk, slot: Slot, codec: Codec, transport: Tra
     yield
     exchange.wait()
     sum_up(chunk.parts[rank], incoming, codec, transport, index, shared)
+
+
+def answer(parts, messages: list[Tensor], message: Tensor, codec: Codec, index: int) -> None:
+    """message <- the sum of what the ranks' messages hold of `parts`, in rank order, for everyone to decode."""
+    for sender, one in enumerate(messages):
+        codec.check(one, sender, index)
+    codec.recode(parts, messages, message, codec.feedback.server)
 
 
 def sum_up(parts, messages: list[Tensor], codec: Codec, transport: Transport, index: int, shared=None) -> None:

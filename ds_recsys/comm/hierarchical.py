@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_recsys.comm.aggregation import PLANS_KEPT, gathers, sum_up
+from ds_recsys.comm.aggregation import PLANS_KEPT, answer, gathers, sum_up
 from ds_recsys.comm.layout import Chunk, Part, plan
 from ds_recsys.comm.payload import Codec
 from ds_recsys.comm.schedule import Slot, in_turn
@@ -110,7 +110,7 @@ class HierarchicalAggregator:
         messages = [list(one.split(lengths)) for one, lengths in zip(packed, sizes, strict=True)]
         inwards = slot.open(local, terms, index, 0)
         reduce = slot.open(across, incoming, index, 0) if owners > 1 else None
-        answer = slot.open(across, messages[place], index, 1)
+        outcome = slot.open(across, messages[place], index, 1)
         outwards = slot.open(local, packed, index, 1)
         yield
         inwards.send([_bytes_of(codec.flat, one) for one in spans])
@@ -126,11 +126,10 @@ class HierarchicalAggregator:
             reduce.send(outgoing)
             yield
             reduce.wait()
-            sum_up(mine[across.rank], incoming, codec, across, index)
-            codec.encode(mine[across.rank], messages[place][across.rank], codec.feedback.server)
-        answer.spread(messages[place][across.rank])
+            answer(mine[across.rank], incoming, messages[place][across.rank], codec, index)
+        outcome.spread(messages[place][across.rank])
         yield
-        answer.wait()
+        outcome.wait()
         outwards.spread(packed[place])
         self._decode(index, mine, messages[place], codec)
         yield

@@ -9,6 +9,7 @@ from itertools import accumulate
 from ds_recsys.comm.compressors.base import Compressor
 
 _UNITS = 1_000_000  # that owners' shares are rounded to: integers cut alike on all ranks
+_MANY, _SMALL = 24, 16_384  # chunks, of so many bytes at least, where owners are unlike
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,15 @@ def plan(segments, owners: int, chunk_bytes: int, shares: Sequence[float] | None
 
     Args:
         chunk_bytes: about the largest payload of one owner in one chunk.
-        shares: by owner, in proportion; an owner may have none.
+        shares: by owner, in proportion; an owner may have none. One that has little sends in the first phase and receives
+            in the second: for its link to be busy both ways there are many chunks, in both phases together.
     """
     parts = _whole(segments)
     weights = [1] * owners if shares is None else [round(_UNITS * share / sum(shares)) for share in shares]
-    count = max(1, -(-_bytes(parts) * max(weights) // (sum(weights) * chunk_bytes)))
+    total = _bytes(parts)
+    count = max(1, -(-total * max(weights) // (sum(weights) * chunk_bytes)))
+    if min(weights) < max(weights):
+        count = max(count, min(_MANY, total // _SMALL))
     pieces = _cut(parts, weights * count)
     return [Chunk(tuple(pieces[i : i + owners])) for i in range(0, len(pieces), owners)]
 

@@ -51,18 +51,28 @@ class Codec:
             message[place:].copy_(_crc(message[:place]))
 
     def _encode(self, part: Part, payload: Tensor, residuals) -> None:
-        residual, error = (None, None) if residuals is None or part.lossless else residuals(part)
-        finite = part.compressor.encode(
-            self._values(part),
-            payload,
-            residual=residual,
-            multiplier=self.feedback.multiplier,
-            error=error,
-            seed=self._seed(part),
-        )
+        finite = part.compressor.encode(self._values(part), payload, **self._kept(part, residuals))
         self.finite = finite and self.finite
         if part.shared:
             self._shared[part.name, part.start] = payload.clone()
+
+    def recode(self, parts: tuple[Part, ...], messages: list[Tensor], message: Tensor, residuals=None) -> None:
+        """message <- the sum of what `messages` hold of the parts, in their order; `flat` means nothing there afterwards."""
+        place = 0
+        for part in parts:
+            payloads = [one[place : place + part.wire_bytes] for one in messages]
+            payload = message[place : place + part.wire_bytes]
+            kept = self._kept(part, residuals)
+            self.finite = part.compressor.recode(payloads, payload, self._values(part), **kept) and self.finite
+            place += part.padded_bytes
+        if self.checksum and place:
+            message[place:].copy_(_crc(message[:place]))
+
+    def _kept(self, part: Part, residuals) -> dict:
+        """What a part is encoded with beside its values."""
+        residual, error = (None, None) if residuals is None or part.lossless else residuals(part)
+        multiplier = self.feedback.multiplier
+        return {"residual": residual, "multiplier": multiplier, "error": error, "seed": self._seed(part)}
 
     def decode(
         self, parts: tuple[Part, ...], message: Tensor, add: bool, elsewhere: dict | None = None, last: bool = False

@@ -1,5 +1,7 @@
 """What every compressor is: bytes from one part of one tensor's gradient, and back. Pure: no process group, no state."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,22 @@ class Compressor:
         `last`: nothing reads `out` soon, so that it need not pass through the caches.
         """
         raise NotImplementedError
+
+    def recode(
+        self,
+        payloads: Sequence[Tensor],
+        payload: Tensor,
+        values: Tensor,
+        *,
+        residual: Tensor | None = None,
+        multiplier: float = 1.0,
+        error: Tensor | None = None,
+        seed: int = 0,
+    ) -> bool:
+        """As `encode`, of the sum of what `payloads` decode to, in their order; `values`, fp32 [n], means nothing after."""
+        for number, one in enumerate(payloads):
+            self.decode(one, values, add=number > 0, seed=seed)
+        return self.encode(values, payload, residual=residual, multiplier=multiplier, error=error, seed=seed)
 
     def compress(self, tensor: Tensor, seed: int = 0) -> Tensor:
         """The payload of a part: fp32 [n] -> uint8 [wire_bytes(n)]. ValueError where it is not finite."""

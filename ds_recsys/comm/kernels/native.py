@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,9 @@ _DECODE = (
     *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int),
     *(ctypes.c_int64, ctypes.c_int64, ctypes.c_uint64),
 )
+_RECODE = (ctypes.c_void_p, ctypes.c_int64, *_ENCODE[1:])
 _ADD, _LAST = 1, 2
+RECODED = ("int8", "int4")
 METHODS = ("bf16", "int8", "int4", "sign", "topk_fp32", "topk_bf16", "topk_int8", "randomk")
 
 
@@ -33,12 +36,15 @@ class Kernels:
 
     def __init__(self, path: Path):
         library = ctypes.CDLL(str(path))
-        self._encode, self._decode = {}, {}
+        self._encode, self._decode, self._recode = {}, {}, {}
         for method in METHODS:
             self._encode[method] = encode = library[f"{method}_encode"]
             self._decode[method] = decode = library[f"{method}_decode"]
             encode.argtypes, encode.restype = _ENCODE, ctypes.c_int
             decode.argtypes, decode.restype = _DECODE, None
+        for method in RECODED:
+            self._recode[method] = recode = library[f"{method}_recode"]
+            recode.argtypes, recode.restype = _RECODE, ctypes.c_int
 
     def encode(
         self,
@@ -69,6 +75,32 @@ class Kernels:
     ) -> None:
         how = _ADD * add | _LAST * last
         self._decode[method](payload.data_ptr(), out.data_ptr(), out.numel(), how, *options, seed)
+
+    def recode(
+        self,
+        method: str,
+        options: tuple[int, int],
+        payloads: Sequence[Tensor],
+        payload: Tensor,
+        numel: int,
+        residual: Tensor | None,
+        multiplier: float,
+        error: Tensor | None,
+        seed: int,
+    ) -> bool:
+        return bool(
+            self._recode[method](
+                (ctypes.c_void_p * len(payloads))(*(one.data_ptr() for one in payloads)),
+                len(payloads),
+                None if residual is None else residual.data_ptr(),
+                multiplier,
+                None if error is None else error.data_ptr(),
+                payload.data_ptr(),
+                numel,
+                *options,
+                seed,
+            )
+        )
 
 
 @cache

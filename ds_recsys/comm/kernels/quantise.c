@@ -159,7 +159,40 @@ INLINE void decode_quantised(const uint8_t *payload, float *out, int64_t n, int 
     if (how & LAST) all_written();
 }
 
+INLINE int recode_block(const uint8_t *const *payloads, int64_t count, int64_t place, const float *residual, float multiplier,
+                        float *error, uint8_t *payload, int n, int bits, const float *signs, const float *sixteenths) {
+    float sum[QUANTISER_BLOCK] ALIGNED;
+    decode_block(payloads[0] + place, sum, n, bits, 0, signs);
+    for (int64_t i = 1; i < count; i++) decode_block(payloads[i] + place, sum, n, bits, ADD, signs);
+    return encode_block(sum, residual, multiplier, error, payload + place, n, bits, signs, sixteenths);
+}
+
+INLINE int recode_quantised(const uint8_t *const *payloads, int64_t count, const float *residual, float multiplier,
+                            float *error, uint8_t *payload, int64_t n, int bits, int64_t rotate) {
+    float signs[256] ALIGNED, sixteenths[256] ALIGNED;
+    const int64_t row = 4 + QUANTISER_BLOCK * bits / 8, whole = n / QUANTISER_BLOCK * QUANTISER_BLOCK;
+    int finite = 1;
+    int64_t at = 0, place = 0;
+    if (rotate) {
+        fill_signs(signs, 1.0f);
+        fill_signs(sixteenths, 0.0625f);
+        for (; at < whole; at += QUANTISER_BLOCK, place += row)
+            finite &= recode_block(payloads, count, place, after(residual, at), multiplier, (float *)after(error, at), payload,
+                                   QUANTISER_BLOCK, bits, signs, sixteenths);
+    } else
+        for (; at < whole; at += QUANTISER_BLOCK, place += row)
+            finite &= recode_block(payloads, count, place, after(residual, at), multiplier, (float *)after(error, at), payload,
+                                   QUANTISER_BLOCK, bits, 0, 0);
+    if (at < n)
+        finite &= recode_block(payloads, count, place, after(residual, at), multiplier, (float *)after(error, at), payload,
+                               (int)(n - at), bits, 0, 0);
+    all_written();
+    return finite;
+}
+
 ENCODER(int8) { return encode_quantised(gradient, residual, multiplier, error, payload, n, 8, first); }
 DECODER(int8) { decode_quantised(payload, out, n, how, 8, first); }
 ENCODER(int4) { return encode_quantised(gradient, residual, multiplier, error, payload, n, 4, first); }
 DECODER(int4) { decode_quantised(payload, out, n, how, 4, first); }
+RECODER(int8) { return recode_quantised(payloads, count, residual, multiplier, error, payload, n, 8, first); }
+RECODER(int4) { return recode_quantised(payloads, count, residual, multiplier, error, payload, n, 4, first); }
