@@ -74,12 +74,15 @@ def test_the_sum_of_payloads_is_encoded_as_if_it_had_been_decoded(method):
         total = torch.empty(size)
         for number, payload in enumerate(payloads):
             method.decode(payload, total, add=number > 0, seed=3)
-        expected = encode(method, total, residual, multiplier, 3)
+        expected, dense = encode(method, total, residual, multiplier, 3), total.clone()
         for engine in ("c", "torch"):
             with using(engine):
                 payload, error = torch.empty_like(payloads[0]), torch.empty(size)
                 given = {"residual": residual, "multiplier": multiplier, "error": error, "seed": 3}
                 outcomes.append((method.recode(payloads, payload, torch.empty(size), **given), payload, error))
+                out = torch.full((size,), 7.0)
+                method.sum(payloads, out, seed=3)
+                torch.testing.assert_close(out, dense, rtol=0, atol=0, equal_nan=True)
         for finite, payload, error in outcomes:
             assert finite == expected[0] and torch.equal(payload, expected[1])
             assert not finite or torch.equal(bits(error), bits(expected[2]))

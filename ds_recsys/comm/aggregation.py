@@ -139,7 +139,7 @@ def gather(index: int, chunk: Chunk, slot: Slot, codec: Codec, transport: Transp
     exchange.spread(messages[transport.rank])
     yield
     exchange.wait()
-    sum_up(parts, messages, codec, transport, index)
+    sum_up(parts, messages, codec, index)
 
 
 def two_phase(index: int, chunk: Chunk, slot: Slot, codec: Codec, transport: Transport):
@@ -161,7 +161,7 @@ def two_phase(index: int, chunk: Chunk, slot: Slot, codec: Codec, transport: Tra
     back.wait()
     for owner, (parts, message) in enumerate(zip(chunk.parts, answers, strict=True)):
         codec.check(message, owner, index)
-        codec.decode(parts, message, add=False, last=True)
+        codec.decode(parts, message, last=True)
 
 
 def one_phase(index: int, chunk: Chunk, slot: Slot, codec: Codec, transport: Transport, shared: dict[Part, Tensor]):
@@ -177,7 +177,7 @@ def one_phase(index: int, chunk: Chunk, slot: Slot, codec: Codec, transport: Tra
     exchange.send(outgoing)
     yield
     exchange.wait()
-    sum_up(chunk.parts[rank], incoming, codec, transport, index, shared)
+    sum_up(chunk.parts[rank], incoming, codec, index, shared)
 
 
 def answer(parts, messages: list[Tensor], message: Tensor, codec: Codec, index: int) -> None:
@@ -187,8 +187,8 @@ def answer(parts, messages: list[Tensor], message: Tensor, codec: Codec, index: 
     codec.recode(parts, messages, message, codec.feedback.server)
 
 
-def sum_up(parts, messages: list[Tensor], codec: Codec, transport: Transport, index: int, shared=None) -> None:
-    """`flat` <- the sum of what the ranks' messages hold of `parts`, in rank order."""
+def sum_up(parts, messages: list[Tensor], codec: Codec, index: int, shared=None) -> None:
+    """`flat` <- the sum of what the ranks' messages hold of `parts`, in rank order; shared parts go to `shared`."""
     for sender, message in enumerate(messages):
         codec.check(message, sender, index)
-        codec.decode(parts, message, add=sender > 0, elsewhere=shared)
+    codec.sum(parts, messages, shared)

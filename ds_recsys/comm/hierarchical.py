@@ -141,11 +141,11 @@ class HierarchicalAggregator:
 
     def _decode(self, index: int, piece, messages: list[Tensor], codec: Codec) -> None:
         if len(piece) == 1:
-            sum_up(piece[0], messages, codec, self.across, index)
+            sum_up(piece[0], messages, codec, index)
             return
         for owner, (parts, message) in enumerate(zip(piece, messages, strict=True)):
             codec.check(message, owner, index)
-            codec.decode(parts, message, add=False, last=True)
+            codec.decode(parts, message, last=True)
 
 
 def _spans(piece: tuple[tuple[Part, ...], ...]) -> list[tuple[int, int]]:

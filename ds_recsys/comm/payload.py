@@ -56,6 +56,15 @@ class Codec:
         if part.shared:
             self._shared[part.name, part.start] = payload.clone()
 
+    def sum(self, parts: tuple[Part, ...], messages: list[Tensor], elsewhere: dict | None = None) -> None:
+        """`flat` <- the sum of what `messages` hold of the parts, in their order. Shared parts go to `elsewhere[part]`."""
+        place = 0
+        for part in parts:
+            payloads = [one[place : place + part.wire_bytes] for one in messages]
+            out = elsewhere[part] if part.shared else self._values(part)
+            part.compressor.sum(payloads, out, seed=self._seed(part))
+            place += part.padded_bytes
+
     def recode(self, parts: tuple[Part, ...], messages: list[Tensor], message: Tensor, residuals=None) -> None:
         """message <- the sum of what `messages` hold of the parts, in their order; `flat` means nothing there afterwards."""
         place = 0
@@ -74,22 +83,12 @@ class Codec:
         multiplier = self.feedback.multiplier
         return {"residual": residual, "multiplier": multiplier, "error": error, "seed": self._seed(part)}
 
-    def decode(
-        self, parts: tuple[Part, ...], message: Tensor, add: bool, elsewhere: dict | None = None, last: bool = False
-    ) -> None:
-        """`flat` <- the values in `message`, or `flat` + them. Shared parts go to `elsewhere[part]` instead.
-
-        `last`: they are not read again here.
-        """
+    def decode(self, parts: tuple[Part, ...], message: Tensor, last: bool = False) -> None:
+        """`flat` <- the values in `message`; `last`: they are not read again here."""
         place = 0
         for part in parts:
-            part.compressor.decode(
-                message[place : place + part.wire_bytes],
-                elsewhere[part] if part.shared else self._values(part),
-                add=add,
-                last=last,
-                seed=self._seed(part),
-            )
+            payload = message[place : place + part.wire_bytes]
+            part.compressor.decode(payload, self._values(part), last=last, seed=self._seed(part))
             place += part.padded_bytes
 
     def check(self, message: Tensor, sender: int, chunk: int) -> None:

@@ -31,30 +31,27 @@ def measure_sums(
             goes on computing while gradients are encoded.
         owners: parts in which replicas might sum what is compressed; equal ones count where these are not faster.
     """
-    costs = {}
+    stage, rank, costs = data * tensor, dist.get_rank(), {}
+    first = rank // stage * stage + rank % tensor
+    group = group_of([first + place * tensor for place in range(data)])
     for block in options:
-        costs[block.method] = _measure_sum(data, tensor, block, pace)
+        costs[block.method] = _measure_sum(group, block, pace)
         if owners and block.method != "none":
             unlike = block.model_copy(update={"owner_shares": list(owners)})
-            other = replace(_measure_sum(data, tensor, unlike, pace), owners=owners)
+            other = replace(_measure_sum(group, unlike, pace), owners=owners)
             if other.seconds < MUST_GAIN * costs[block.method].seconds:
                 costs[block.method] = other
     return costs
 
 
-def _measure_sum(data: int, tensor: int, block: Compression, pace: float) -> SumFacts:
-    world, rank = dist.get_world_size(), dist.get_rank()
-    stage = data * tensor
-    first = rank // stage * stage + rank % tensor
-    group = group_of([first + place * tensor for place in range(data)])
-
+def _measure_sum(group: dist.ProcessGroup, block: Compression, pace: float) -> SumFacts:
     def make(method: str) -> Reducer:
         given = {key: getattr(block, key) for key in block.model_fields_set - {"method"}}
         return Reducer(group, method, **given)
 
     flat = torch.randn(_VALUES, device=_device(), generator=torch.Generator(_device()).manual_seed(0)).mul_(1e-3)
     seconds, processor = _timed(reduction(group, block.method, make), flat)
-    found: list = [None] * world
+    found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, (seconds / _VALUES, pace * processor / _VALUES))
     return SumFacts(max(one[0] for one in found), max(one[1] for one in found))
 

@@ -58,6 +58,11 @@ class Compressor:
         """
         raise NotImplementedError
 
+    def sum(self, payloads: Sequence[Tensor], out: Tensor, *, seed: int = 0) -> None:
+        """out <- the sum of what `payloads` decode to, added in their order; nothing reads it soon."""
+        for number, one in enumerate(payloads):
+            self.decode(one, out, add=number > 0, seed=seed)
+
     def recode(
         self,
         payloads: Sequence[Tensor],
@@ -70,8 +75,7 @@ class Compressor:
         seed: int = 0,
     ) -> bool:
         """As `encode`, of the sum of what `payloads` decode to, in their order; `values`, fp32 [n], means nothing after."""
-        for number, one in enumerate(payloads):
-            self.decode(one, values, add=number > 0, seed=seed)
+        Compressor.sum(self, payloads, values, seed=seed)
         return self.encode(values, payload, residual=residual, multiplier=multiplier, error=error, seed=seed)
 
     def compress(self, tensor: Tensor, seed: int = 0) -> Tensor:

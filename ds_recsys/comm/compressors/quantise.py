@@ -39,19 +39,26 @@ class Quantiser(DenseBlockCompressor):
     def kernel_options(self, numel):
         return int(self.rotate), 0
 
+    def sum(self, payloads, out, *, seed=0):
+        """In one pass, where there are kernels."""
+        if (kernels := self._kernels(payloads, out)) is None:
+            return super().sum(payloads, out, seed=seed)
+        return kernels.sum(self.kernel, self.kernel_options(out.numel()), payloads, out, seed)
+
     def recode(self, payloads, payload, values, *, residual=None, multiplier=1.0, error=None, seed=0):
         """In one pass, where there are kernels: the sum stays in a core's cache."""
-        kernels = native.library() if values.device.type == "cpu" and values.numel() else None
-        if kernels is None:
+        if (kernels := self._kernels(payloads, values)) is None:
             given = {"residual": residual, "multiplier": multiplier, "error": error, "seed": seed}
             return super().recode(payloads, payload, values, **given)
+        self._check(values, payload, residual, error)
+        options, numel = self.kernel_options(values.numel()), values.numel()
+        return kernels.recode(self.kernel, options, payloads, payload, numel, residual, multiplier, error, seed)
+
+    def _kernels(self, payloads, values: Tensor):
+        """Those that take several payloads at once; None where torch has to."""
         for one in payloads:
             self._check(values, one)
-        self._check(values, payload, residual, error)
-        options = self.kernel_options(values.numel())
-        return kernels.recode(
-            self.kernel, options, payloads, payload, values.numel(), residual, multiplier, error, seed
-        )
+        return native.library() if values.device.type == "cpu" and values.numel() else None
 
     def _encode_rows(self, x, rows, error, seed):
         rotated = self._rotated(x.shape[1])

@@ -98,10 +98,15 @@ enum { ADD = 1, LAST = 2 };
 #define ENCODER(NAME)                                                                                                  \
     EXPORT int NAME##_encode(const float *gradient, const float *residual, float multiplier, float *error,             \
                              uint8_t *payload, int64_t n, int64_t first, int64_t second, uint64_t seed)
-/* As the decoder of the first payload, then of the others with ADD, then the encoder of that sum. */
-#define RECODER(NAME)                                                                                                  \
-    EXPORT int NAME##_recode(const uint8_t *const *payloads, int64_t count, const float *residual, float multiplier,   \
-                             float *error, uint8_t *payload, int64_t n, int64_t first, int64_t second, uint64_t seed)
 #define DECODER(NAME)                                                                                                  \
     EXPORT void NAME##_decode(const uint8_t *payload, float *out, int64_t n, int how, int64_t first, int64_t second,   \
                               uint64_t seed)
+
+/* Several payloads at once, `count` of them. SUMMER: out <- their sum, as the decoder of the first and then of the others with
+ * ADD; nobody reads `out` soon. RECODER: the encoder of that sum, which is not kept. */
+#define SUMMER(NAME)                                                                                                   \
+    EXPORT void NAME##_sum(const uint8_t *const *payloads, int64_t count, float *out, int64_t n, int64_t first,        \
+                           int64_t second, uint64_t seed)
+#define RECODER(NAME)                                                                                                  \
+    EXPORT int NAME##_recode(const uint8_t *const *payloads, int64_t count, const float *residual, float multiplier,   \
+                             float *error, uint8_t *payload, int64_t n, int64_t first, int64_t second, uint64_t seed)

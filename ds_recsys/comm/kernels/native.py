@@ -22,8 +22,12 @@ _DECODE = (
     *(ctypes.c_int64, ctypes.c_int64, ctypes.c_uint64),
 )
 _RECODE = (ctypes.c_void_p, ctypes.c_int64, *_ENCODE[1:])
+_SUM = (
+    *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
+    *(ctypes.c_int64, ctypes.c_int64, ctypes.c_uint64),
+)
 _ADD, _LAST = 1, 2
-RECODED = ("int8", "int4")
+SUMMED = ("int8", "int4")
 METHODS = ("bf16", "int8", "int4", "sign", "topk_fp32", "topk_bf16", "topk_int8", "randomk")
 
 
@@ -36,15 +40,17 @@ class Kernels:
 
     def __init__(self, path: Path):
         library = ctypes.CDLL(str(path))
-        self._encode, self._decode, self._recode = {}, {}, {}
+        self._encode, self._decode, self._recode, self._sum = {}, {}, {}, {}
         for method in METHODS:
             self._encode[method] = encode = library[f"{method}_encode"]
             self._decode[method] = decode = library[f"{method}_decode"]
             encode.argtypes, encode.restype = _ENCODE, ctypes.c_int
             decode.argtypes, decode.restype = _DECODE, None
-        for method in RECODED:
+        for method in SUMMED:
             self._recode[method] = recode = library[f"{method}_recode"]
+            self._sum[method] = summed = library[f"{method}_sum"]
             recode.argtypes, recode.restype = _RECODE, ctypes.c_int
+            summed.argtypes, summed.restype = _SUM, None
 
     def encode(
         self,
@@ -76,6 +82,9 @@ class Kernels:
         how = _ADD * add | _LAST * last
         self._decode[method](payload.data_ptr(), out.data_ptr(), out.numel(), how, *options, seed)
 
+    def sum(self, method: str, options: tuple[int, int], payloads: Sequence[Tensor], out: Tensor, seed: int) -> None:
+        self._sum[method](_pointers(payloads), len(payloads), out.data_ptr(), out.numel(), *options, seed)
+
     def recode(
         self,
         method: str,
@@ -90,7 +99,7 @@ class Kernels:
     ) -> bool:
         return bool(
             self._recode[method](
-                (ctypes.c_void_p * len(payloads))(*(one.data_ptr() for one in payloads)),
+                _pointers(payloads),
                 len(payloads),
                 None if residual is None else residual.data_ptr(),
                 multiplier,
@@ -101,6 +110,10 @@ class Kernels:
                 seed,
             )
         )
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 @cache

@@ -159,33 +159,57 @@ INLINE void decode_quantised(const uint8_t *payload, float *out, int64_t n, int 
     if (how & LAST) all_written();
 }
 
-INLINE int recode_block(const uint8_t *const *payloads, int64_t count, int64_t place, const float *residual, float multiplier,
-                        float *error, uint8_t *payload, int n, int bits, const float *signs, const float *sixteenths) {
-    float sum[QUANTISER_BLOCK] ALIGNED;
+INLINE void sum_block(const uint8_t *const *payloads, int64_t count, int64_t place, float *sum, int n, int bits,
+                      const float *signs) {
     decode_block(payloads[0] + place, sum, n, bits, 0, signs);
     for (int64_t i = 1; i < count; i++) decode_block(payloads[i] + place, sum, n, bits, ADD, signs);
-    return encode_block(sum, residual, multiplier, error, payload + place, n, bits, signs, sixteenths);
+}
+
+INLINE void sum_quantised(const uint8_t *const *payloads, int64_t count, float *out, int64_t n, int bits, int64_t rotate) {
+    float signs[256] ALIGNED, sum[QUANTISER_BLOCK] ALIGNED;
+    const int64_t row = 4 + QUANTISER_BLOCK * bits / 8, whole = n / QUANTISER_BLOCK * QUANTISER_BLOCK;
+    int64_t at = 0, place = 0;
+    if (rotate) fill_signs(signs, 1.0f);
+    for (; at < whole; at += QUANTISER_BLOCK, place += row) {
+        if (rotate)
+            sum_block(payloads, count, place, sum, QUANTISER_BLOCK, bits, signs);
+        else
+            sum_block(payloads, count, place, sum, QUANTISER_BLOCK, bits, 0);
+        write_last(out + at, sum, QUANTISER_BLOCK);
+    }
+    if (at < n) {
+        sum_block(payloads, count, place, sum, (int)(n - at), bits, 0);
+        write_last(out + at, sum, (int)(n - at));
+    }
+    all_written();
 }
 
 INLINE int recode_quantised(const uint8_t *const *payloads, int64_t count, const float *residual, float multiplier,
                             float *error, uint8_t *payload, int64_t n, int bits, int64_t rotate) {
-    float signs[256] ALIGNED, sixteenths[256] ALIGNED;
+    float signs[256] ALIGNED, sixteenths[256] ALIGNED, sum[QUANTISER_BLOCK] ALIGNED;
     const int64_t row = 4 + QUANTISER_BLOCK * bits / 8, whole = n / QUANTISER_BLOCK * QUANTISER_BLOCK;
     int finite = 1;
     int64_t at = 0, place = 0;
     if (rotate) {
         fill_signs(signs, 1.0f);
         fill_signs(sixteenths, 0.0625f);
-        for (; at < whole; at += QUANTISER_BLOCK, place += row)
-            finite &= recode_block(payloads, count, place, after(residual, at), multiplier, (float *)after(error, at), payload,
-                                   QUANTISER_BLOCK, bits, signs, sixteenths);
-    } else
-        for (; at < whole; at += QUANTISER_BLOCK, place += row)
-            finite &= recode_block(payloads, count, place, after(residual, at), multiplier, (float *)after(error, at), payload,
-                                   QUANTISER_BLOCK, bits, 0, 0);
-    if (at < n)
-        finite &= recode_block(payloads, count, place, after(residual, at), multiplier, (float *)after(error, at), payload,
-                               (int)(n - at), bits, 0, 0);
+    }
+    for (; at < whole; at += QUANTISER_BLOCK, place += row) {
+        const float *kept = after(residual, at);
+        float *left = (float *)after(error, at);
+        if (rotate) {
+            sum_block(payloads, count, place, sum, QUANTISER_BLOCK, bits, signs);
+            finite &= encode_block(sum, kept, multiplier, left, payload + place, QUANTISER_BLOCK, bits, signs, sixteenths);
+        } else {
+            sum_block(payloads, count, place, sum, QUANTISER_BLOCK, bits, 0);
+            finite &= encode_block(sum, kept, multiplier, left, payload + place, QUANTISER_BLOCK, bits, 0, 0);
+        }
+    }
+    if (at < n) {
+        sum_block(payloads, count, place, sum, (int)(n - at), bits, 0);
+        finite &= encode_block(sum, after(residual, at), multiplier, (float *)after(error, at), payload + place, (int)(n - at),
+                               bits, 0, 0);
+    }
     all_written();
     return finite;
 }
@@ -196,3 +220,5 @@ ENCODER(int4) { return encode_quantised(gradient, residual, multiplier, error, p
 DECODER(int4) { decode_quantised(payload, out, n, how, 4, first); }
 RECODER(int8) { return recode_quantised(payloads, count, residual, multiplier, error, payload, n, 8, first); }
 RECODER(int4) { return recode_quantised(payloads, count, residual, multiplier, error, payload, n, 4, first); }
+SUMMER(int8) { sum_quantised(payloads, count, out, n, 8, first); }
+SUMMER(int4) { sum_quantised(payloads, count, out, n, 4, first); }

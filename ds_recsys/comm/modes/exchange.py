@@ -65,7 +65,7 @@ class Format:
         number = self.header(message)[0]
         codec = self._codec(out, number)
         codec.check(message[_HEADER_BYTES:], sender, number)
-        codec.decode(self._parts, message[_HEADER_BYTES:], add=False)
+        codec.decode(self._parts, message[_HEADER_BYTES:])
 
 
 class Peer:
