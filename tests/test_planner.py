@@ -271,12 +271,21 @@ def test_no_other_parts_spare_the_slowest_link_more(seed):
 
 
 def test_replicas_share_what_their_host_sums():
-    assert replica_shares((0, 1, 2, 3), (4, 4, 4, 1), 4, 1) == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0), abs=2e-3)
-    assert replica_shares((0, 0, 1, 1, 2, 2), (1, 9, 9), 6, 1) == (0, 0, 0.25, 0.25, 0.25, 0.25)
-    assert replica_shares((0, 0, 1, 1, 2, 2), (1, 9, 9), 3, 2) == (0, 0.5, 0.5)
+    alike = (1.0,) * 6
+    assert replica_shares((0, 1, 2, 3), (4, 4, 4, 1), alike, 4, 1) == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0), abs=2e-3)
+    assert replica_shares((0, 0, 1, 1, 2, 2), (1, 9, 9), alike, 6, 1) == (0, 0, 0.25, 0.25, 0.25, 0.25)
+    assert replica_shares((0, 0, 1, 1, 2, 2), (1, 9, 9), alike, 3, 2) == (0, 0.5, 0.5)
     # the second stage of the first replica has the slow link
-    assert replica_shares((0, 1, 2, 3, 4, 5), (9, 9, 9, 1, 9, 9), 3, 1) == (0, 0.5, 0.5)
-    assert replica_shares((0, 1, 2, 3), (4, 4, 4, 1), 2, 1) == ()
+    assert replica_shares((0, 1, 2, 3, 4, 5), (9, 9, 9, 1, 9, 9), alike, 3, 1) == (0, 0.5, 0.5)
+    assert replica_shares((0, 1, 2, 3), (4, 4, 4, 1), alike, 2, 1) == ()
+
+
+def test_a_slow_device_sums_less_where_links_leave_a_choice():
+    shares = owner_shares((4, 4, 1, 4), (1, 1, 1, 0.5))
+    assert shares == pytest.approx((0.48, 0.48, 0, 0.04), abs=2e-3)  # 2 + 5 f over their speed: 4.4 each
+    assert owner_shares((4, 4, 1, 4), (1, 1, 1, 0.9)) == pytest.approx((0.359, 0.359, 0, 0.283), abs=2e-3)
+    assert owner_shares((1, 1, 4), (1, 1, 0.1)) == (0, 0, 1)  # the links come first
+    assert replica_shares((0, 1, 2, 3), (4, 4, 1, 4), (1, 1, 1, 2), 4, 1) == shares
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8])

@@ -229,7 +229,7 @@ def _measure(
         rates = links.measure_rates(hosts)
     for data, tensor in sorted({(plan.data, plan.tensor) for plan in candidates if plan.data > 1}):
         _tell(f"sums over data {data} beside tensor {tensor}")
-        owners = replica_shares(hosts, rates, data, tensor) if rates else ()
+        owners = replica_shares(hosts, rates, slowdowns, data, tensor) if rates else ()
         sums[data, tensor] = links.measure_sums(
             data, tensor, list({b.method: b for b in blocks}.values()), pace, owners
         )
