@@ -300,12 +300,18 @@ def test_all_hosts_meet_in_pairs(count):
 def test_unlike_owners_go_with_the_sums_that_they_were_measured_for():
     facts = _facts((0, 1, 2, 3), value_seconds=6e-7)
     cheap = SumFacts(1e-10, owners=(0.5, 0.5, 0.0, 0.0))
-    facts = replace(facts, sums={**facts.sums, (4, 1): {**facts.sums[4, 1], "int8": cheap}})
+    costs = facts.sums[4, 1]
+    facts = replace(facts, sums={**facts.sums, (4, 1): {**costs, "int8": replace(costs["int8"], unlike=cheap)}})
     chosen = _chosen(facts, pipe=1)
     assert (chosen.data, chosen.method, chosen.owners) == (4, "int8", cheap.owners)
     assert chosen.values()["recsys.compression.owner_shares"] == [0.5, 0.5, 0.0, 0.0]
     assert "summed in parts of 0.5/0.5/0/0" in str(chosen)
     assert predict(facts, Plan(1, 4, 1, 16, 1, "int4")).plan.owners == ()
+    # less on the wire, but more of the device, which late averages do not hide
+    busy = replace(costs["int8"], unlike=SumFacts(costs["int8"].seconds / 2, costs["int8"].seconds / 4, cheap.owners))
+    facts = replace(facts, sums={**facts.sums, (4, 1): {**costs, "int8": busy}})
+    assert predict(facts, Plan(1, 4, 1, 16, 1, "int8")).plan.owners == cheap.owners
+    assert predict(facts, Plan(1, 4, 1, 16, 1, "int8", "delayed")).plan.owners == ()
     assert "recsys.compression.owner_shares" not in predict(facts, Plan(1, 4, 1, 16, 1)).plan.values()
 
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 from ds_recsys.comm.compressors.base import Compressor
 
 _UNITS = 1_000_000  # that owners' shares are rounded to: integers cut alike on all ranks
-_MANY, _SMALL = 24, 16_384  # chunks, of so many bytes at least, where owners are unlike
+_MANY, _SMALL = 12, 32_768  # chunks, of so many bytes at least, where owners are unlike
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,13 @@ class SumFacts:
 
     Attributes:
         owners: the replicas' parts of it with which it was measured; empty for equal parts.
+        unlike: the same with owners of unlike parts, where it was measured: less on the wire, perhaps more for a device.
     """
 
     seconds: float
     processor: float = 0.0
     owners: tuple[float, ...] = ()
+    unlike: "SumFacts | None" = None
 
 
 @dataclass(frozen=True)

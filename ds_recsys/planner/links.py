@@ -12,7 +12,6 @@ from ds_recsys.comm.probe import reduction
 from ds_recsys.comm.reducer import Reducer
 from ds_recsys.config.compression import Compression
 from ds_recsys.planner.facts import Line, SumFacts
-from ds_recsys.planner.rule import MUST_GAIN
 
 _VALUES = 1_000_000  # of a sum that is timed
 _SECONDS = 0.5  # spent on each measurement at least
@@ -29,7 +28,7 @@ def measure_sums(
         options: one block for each method.
         pace: seconds of the device in which one of the process's processor seconds passes; 0 on an accelerator, which
             goes on computing while gradients are encoded.
-        owners: parts in which replicas might sum what is compressed; equal ones count where these are not faster.
+        owners: parts in which replicas might sum what is compressed, beside equal ones.
     """
     stage, rank, costs = data * tensor, dist.get_rank(), {}
     first = rank // stage * stage + rank % tensor
@@ -37,10 +36,8 @@ def measure_sums(
     for block in options:
         costs[block.method] = _measure_sum(group, block, pace)
         if owners and block.method != "none":
-            unlike = block.model_copy(update={"owner_shares": list(owners)})
-            other = replace(_measure_sum(group, unlike, pace), owners=owners)
-            if other.seconds < MUST_GAIN * costs[block.method].seconds:
-                costs[block.method] = other
+            other = _measure_sum(group, block.model_copy(update={"owner_shares": list(owners)}), pace)
+            costs[block.method] = replace(costs[block.method], unlike=replace(other, owners=owners))
     return costs
 
 

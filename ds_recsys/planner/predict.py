@@ -49,14 +49,24 @@ class Forecast:
 
 
 def predict(facts: Facts, plan: Plan, zero_stage: int = 0) -> Forecast:
-    """The best cut of the layers for the plan, and what a step of it takes.
+    """The best cut of the layers and owners of the sums for the plan, and what a step of it takes.
 
     Raises:
         UserError: no cut fits in memory, or there are fewer layers than stages.
         KeyError: the facts do not cover the plan.
     """
-    owners = facts.sums[plan.data, plan.tensor][plan.method].owners if plan.data > 1 else ()
-    plan = replace(plan, shares=_shares(facts, plan), owners=owners)
+    plan = replace(plan, shares=_shares(facts, plan))
+    if plan.data == 1:
+        return _predict(facts, plan, zero_stage)
+    grid, cost = (plan.data, plan.tensor), facts.sums[plan.data, plan.tensor][plan.method]
+    found = []
+    for one in filter(None, (cost, cost.unlike)):
+        known = replace(facts, sums={**facts.sums, grid: {**facts.sums[grid], plan.method: one}})
+        found.append(_predict(known, replace(plan, owners=one.owners), zero_stage))
+    return min(found, key=lambda forecast: forecast.seconds)
+
+
+def _predict(facts: Facts, plan: Plan, zero_stage: int) -> Forecast:
     costs = _costs(facts, plan, zero_stage)
     bounds = partition(costs, plan.micro_batches)
     alone = replace(costs, stages=tuple(replace(stage, reduction=0.0, optimizer=0.0) for stage in costs.stages))

@@ -40,7 +40,7 @@ def drawing(
         )
         try:
             yield axes
-            figure.savefig(path, dpi=120, metadata={"Software": None})
+            figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
         finally:
             pyplot.close(figure)
 
