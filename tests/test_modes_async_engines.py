@@ -358,6 +358,7 @@ _REFUSED = {
     "powersgd": ({"method": "powersgd"}, "needs all replicas at once"),
     "error_feedback": ({"method": "int8", "error_feedback": False}, "sent later"),
     "warm-up": ({"method": "int8", "warmup_steps": 5}, "no common steps"),
+    "owners": ({"method": "int8", "owner_shares": [1, 0]}, "nobody sums"),
 }
 
 

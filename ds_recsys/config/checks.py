@@ -145,7 +145,7 @@ def _check_data_parallel(deepspeed: Mapping[str, Any], recsys: Recsys, source: s
             ("method", compression.method == "powersgd", "powersgd, which needs all replicas at once; choose another"),
             ("error_feedback", not compression.error_feedback, "false: what was not sent is sent later; remove it"),
             ("warmup_steps", compression.warmup_steps, "above 0: there are no common steps; remove it"),
-            ("owner_shares", compression.owner_shares, "set: there replicas exchange in pairs; remove it"),
+            ("owner_shares", compression.owner_shares, "set: there nobody sums for others; remove it"),
         ):
             if applies:
                 raise UserError(f'{what} does not work with "recsys.compression.{key}" {reason}')

@@ -224,7 +224,8 @@ def _measure(
     methods = {plan.method for plan in candidates}
     blocks = [open_keys.compression(method) for method in ("none", *open_keys.methods) if method in {"none", *methods}]
     rates: list[float] = []
-    if open_keys.owners_open and any(plan.data > 2 and plan.method != "none" for plan in candidates):
+    unlike = len(set(hosts)) > 2 and open_keys.owners_open  # two send each other everything
+    if unlike and any(plan.data > 2 and plan.method != "none" for plan in candidates):
         _tell("links")
         rates = links.measure_rates(hosts)
     for data, tensor in sorted({(plan.data, plan.tensor) for plan in candidates if plan.data > 1}):

@@ -163,3 +163,5 @@ def _refused(compression):
         yield "error_feedback", "false: what was not sent is always sent later; remove it"
     if compression.warmup_steps:
         yield "warmup_steps", "has no meaning: there are no common steps; remove it"
+    if compression.owner_shares:
+        yield "owner_shares", "has no meaning: nobody sums for others; remove it"
