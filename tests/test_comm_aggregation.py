@@ -332,17 +332,18 @@ def test_bytes_sent_are_those_of_the_formula(ranks):
     assert 1.0 <= sum(one[3] for one in sent) / sum(one[0] for one in sent) < 1.02  # all-gathers are padded
 
 
-def bytes_of_unlike_owners(shares):
+def bytes_of_unlike_owners(shares, kind):
     segments = [Segment("table", 0, 160_000, Rounded())]
-    transport = transport_for()
+    transport = kind()
     Aggregator(transport, ErrorFeedback(), 3000, shares=shares).all_reduce(torch.randn(160_000), segments, step=0)
     return transport.bytes_sent
 
 
+@pytest.mark.parametrize("kind", [PointToPoint, Collective])
 @pytest.mark.parametrize("shares", [(0, 0.5, 0.3, 0.2), (0, 1, 0)])
-def test_an_owner_of_less_sends_less(shares):
+def test_an_owner_of_less_sends_less(shares, kind):
     ranks, size = len(shares), 160_000 + 4 * 20_000
-    for share, sent in zip(shares, run_on_grid(bytes_of_unlike_owners, ranks, shares=shares), strict=True):
+    for share, sent in zip(shares, run_on_grid(bytes_of_unlike_owners, ranks, shares=shares, kind=kind), strict=True):
         assert sent == pytest.approx((1 + (ranks - 2) * share) * size, rel=0.02)
 
 

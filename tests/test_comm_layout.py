@@ -82,6 +82,14 @@ def test_equal_shares_are_the_plan_without_shares():
     assert plan(segments, 4, 4096, (2, 2, 2, 2)) == plan(segments, 4, 4096)
 
 
+def test_unlike_owners_work_in_many_chunks():
+    """Else a link whose host owns nothing is busy one way at a time."""
+    large, small = segments_of([2_000_000], Blocks(256)), segments_of([70_000], Blocks(256))
+    assert len(plan(large, 4, 10**7)) == len(plan(large, 4, 10**7, (1, 1, 1, 1))) == 1
+    assert len(plan(large, 4, 10**7, (1, 1, 1, 0))) == 12
+    assert len(plan(small, 4, 10**7, (1, 1, 1, 0))) == 2  # not of less than 32 KB
+
+
 def test_neighbours_that_are_sent_as_they_are_become_one_part():
     vectors = segments_of([5, 6, 7], Float32())
     (chunk,) = plan([*vectors, Segment("far", 30, 4, Float32())], 1, 10**6)
