@@ -25,6 +25,7 @@ setup(
         "filelock>=3.12",
         "pyyaml>=6",
         "tqdm>=4.66",
+        "xxhash>=3",
         "matplotlib>=3.8",
         "setuptools",  # DeepSpeed's op builders import it
     ],

@@ -6,11 +6,13 @@
 
 The first rank to raise fails the test with its traceback; a rank that is still running at the time-out fails it by name,
 with the stack it was stuck in. Importing torch, deepspeed and transformers takes about 6 s of CPU, so it is paid once, in
-a fork server that computes nothing itself (forking a process whose thread pools are warm is not safe).
+a fork server that computes nothing itself (forking a process whose thread pools are warm is not safe). What it imported
+is not garbage: a rank's collections, of which DeepSpeed makes several for each engine, do not look through it.
 """
 
 import faulthandler
 import functools
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -21,7 +23,11 @@ import tempfile
 import time
 import traceback
 
-_WARM = ["torch", "deepspeed", "transformers", "transformers.models.llama.modeling_llama", "datasets", "ds_recsys"]
+_WARM = """
+    torch deepspeed transformers transformers.models.llama.modeling_llama transformers.models.auto.tokenization_auto
+    tokenizers.trainers datasets pyarrow.csv pytest ds_recsys.trainer ds_recsys.balance ds_recsys.planner.choose
+    deepspeed.module_inject.auto_ep_layer deepspeed.runtime.zero.muon.muon_optimizer
+""".split()  # the last two DeepSpeed imports as it makes an engine; Muon's compiles functions of its own
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_WARM)
 
@@ -97,6 +103,7 @@ def _work(rank, world_size, scratch, timeout, place, arguments, send):
         faulthandler.dump_traceback_later(max(1.0, timeout - 2.0), file=stack)
         try:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+            gc.freeze()
             import torch
 
             from ds_recsys.topology import init_distributed

@@ -55,7 +55,7 @@ def migrate(
 
     Weights, fp32 copies, moments and every other state of the optimizer, frozen weights, buffers and the error feedback of
     compressed gradients go straight from the ranks of one stage to those of the other, a layer at a time, and are checked
-    there by CRC-32. All is kept where it was until every rank has confirmed what it got. Modules, parameters, optimizer and
+    there by XXH3. All is kept where it was until every rank has confirmed what it got. Modules, parameters, optimizer and
     scheduler of what stays remain the same objects. Dropout is what it would have been if the module was made with
     `seed_layers=True`; without, a layer that moved draws from its new rank's generator.
 

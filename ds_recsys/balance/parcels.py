@@ -1,12 +1,12 @@
 """A layer with its whole training state on its way to another rank: what is sent, the memory for it there, and its check."""
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -108,11 +108,11 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def checksum(contents: Sequence[Tensor]) -> int:
-    """CRC-32 of uint8 tensors, one after another."""
-    found = 0
+    """XXH3 of uint8 tensors, one after another, as an int64: as fast as memory is read, where a CRC-32 takes longer than sending."""
+    found = xxhash.xxh3_64()
     for values in contents:
-        found = zlib.crc32(values.cpu().numpy(), found)
-    return found
+        found.update(values.cpu().numpy())
+    return int.from_bytes(found.digest(), "big", signed=True)
 
 
 def unpack(
