@@ -101,6 +101,18 @@ def test_a_straggler_is_acted_on_after_as_many_measurements_as_patience_says():
     )
 
 
+def test_where_nothing_is_to_be_had_it_looks_now_and_then_and_at_once_when_a_step_gets_slower(monkeypatch):
+    looks, best = [], partition(_costs([1, 1, 1, 1]), 16)
+    monkeypatch.setattr("ds_recsys.balance.decide.best_cut", lambda *given: looks.append(given) or best_cut(*given))
+    slow = lambda step: [1, 1.04 if step >= 20 else 1, 1.5 if step >= 43 else 1, 1]  # noqa: E731
+    decider, at = Decider(Rule(rest=10, evidence=100)), []
+    for step in range(50):
+        costs, seen = _costs(slow(step)), len(looks)
+        decider.decide(step, costs, best, 16, predict(costs, best, 16).step_seconds, 1000, lambda _: 0.0)
+        at += [step] * (len(looks) - seen)
+    assert at == [0, 10, 20, 30, 40, *range(43, 50)]  # and at every step while there is a promise
+
+
 def test_jitter_moves_nothing():
     even = [0, 4, 7, 9, 10]  # as good as any, and one stage at the pace of the slowest instead of three
     assert _run(Decider(), lambda _: [1, 1, 1, 1], 500, even, noise=0.1) == ([], even)
@@ -133,8 +145,8 @@ def _jittered(step, generator):
 
 def test_jitter_of_smoothed_times_moves_nothing_where_patience_alone_lets_it():
     """The windows of successive measurements overlap, so that one chance gain promises itself several times in a row."""
-    assert len(_smoothed(Rule(evidence=0.0), _jittered, steps=300)) > 2
-    assert _smoothed(Rule(), _jittered, steps=300) == []
+    assert len(_smoothed(Rule(evidence=0.0, rest=1), _jittered, steps=300)) > 2
+    assert _smoothed(Rule(rest=1), _jittered, steps=300) == _smoothed(Rule(), _jittered, steps=300) == []
 
 
 def test_a_small_gain_is_taken_when_it_lasts():

@@ -140,6 +140,8 @@ class AdaptivePartition:
             least = self._decider.rule.gain if self.moves else _WORTH_A_MOVE
             best, share = best_cut(meter.costs(), bounds, micro_batches, least)
             return Decision(step, best, meter.step_seconds, share * meter.step_seconds)
+        if not self._decider.due(step, meter.step_seconds):
+            return None
         left = float("inf") if self.total_steps is None else self.total_steps - step
         pause = lambda cut: self._pause(bounds, cut)  # noqa: E731
         return self._decider.decide(step, meter.costs(), bounds, micro_batches, meter.step_seconds, left, pause)

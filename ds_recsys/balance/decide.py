@@ -18,6 +18,8 @@ class Rule:
         evidence: what those in a row must promise above `gain` in all, so that a large gain is taken in a few steps and a small
             one only when it lasts, which noise does not (Page's cumulative sum, Biometrika 41, 1954).
         margin: how often the pause must be won back in the steps that are left.
+        rest: steps between two looks for a better cut while none is to be had and the step does not get slower by `gain`:
+            a look takes rank 0 some milliseconds, for which all wait.
         cooldown: steps after a move without another; after a move that is taken back twice as many, and so on.
         verify: steps after a move over which the gain must show.
         realised: least share of the predicted gain that must come true, or the move is taken back.
@@ -27,6 +29,7 @@ class Rule:
     patience: int = 3
     evidence: float = 1.0
     margin: float = 2.0
+    rest: int = 5
     cooldown: int = 20
     verify: int = 5
     realised: float = 0.5
@@ -58,12 +61,22 @@ class Decider:
         self._pending: tuple[Decision, tuple[int, ...]] | None = None  # the last move and the bounds before it
         self._after: list[float] = []
         self._quiet_until, self._cooldown = 0, self.rule.cooldown
+        self._calm: tuple[int, float] | None = None  # the last look, if it found nothing: the step and its seconds
         self.realised: float | None = None  # seconds a step that the last verified move saved
 
     @property
     def verifying(self) -> bool:
         """Whether the last move has yet to keep its promise."""
         return self._pending is not None
+
+    def due(self, step: int, step_seconds: float) -> bool:
+        """Whether `decide` is to look now."""
+        if step < self._quiet_until or self.verifying:
+            return False
+        if self._calm is None:
+            return True
+        looked, seconds = self._calm
+        return step >= looked + self.rule.rest or step_seconds > (1 + self.rule.gain) * seconds
 
     def decide(
         self,
@@ -82,10 +95,11 @@ class Decider:
             step_seconds: measured, over the same steps as `costs`.
             pause: seconds that a migration to some bounds would take.
         """
-        if step < self._quiet_until or self.verifying:
+        if not self.due(step, step_seconds):
             return None
         bounds, rule = tuple(bounds), self.rule
         best, share = best_cut(costs, bounds, micro_batches, rule.gain)
+        self._calm = (step, step_seconds) if share < rule.gain else None
         if share < rule.gain:
             self._promised, self._evidence = 0, 0.0
             return None
