@@ -75,6 +75,19 @@ _FAULTS = {
 _AT_THE_SENDER = ("a layer cannot be sent",)
 
 
+def test_a_checksum_tells_one_changed_byte_and_another_order():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randint(0, 256, (2, 100_000), generator=generator, dtype=torch.uint8)
+    whole = parcels.checksum([first, second])
+    assert whole == parcels.checksum([first.clone(), second]) != parcels.checksum([second, first])
+    found = {whole}
+    for place in range(0, 100_000, 5_000):
+        changed = second.clone()
+        changed[place] ^= 1
+        found.add(int(torch.tensor([parcels.checksum([first, changed])])))  # as it travels
+    assert len(found) == 21
+
+
 def _fail(setup, fault):
     """Train with a migration from stage 0 to 1 that fails on the first rank of one, and without; the message on this rank."""
     stayed, found = run(setup, 8, {})
