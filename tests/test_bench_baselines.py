@@ -6,11 +6,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from benchmarks import baselines, baselines_report
-from benchmarks.mailbox import Mailbox, serve
+from benchmarks.mailbox import Mailbox, check, serve
 
+from ds_recsys import UserError
 from ds_recsys.simulation import network
 from ds_recsys.simulation.cgroups import CpuController
 
@@ -101,6 +103,19 @@ def test_a_rank_that_does_not_answer_is_named_and_a_dead_job_is_noticed(tmp_path
 
     with pytest.raises(RuntimeError, match="has ended"):
         Mailbox(tmp_path / "b", 2, alive=dead).ask({}, 60)
+
+
+def test_a_job_that_ended_is_one_line(tmp_path):
+    (tmp_path / "0").write_text("starts\nwants more\n")
+    logs = lambda rank: tmp_path / str(rank)  # noqa: E731
+    assert check(SimpleNamespace(poll=lambda: None), "the arm", 2) is None
+    for status, words in (
+        (1, ""),
+        (137, ", killed, most often for want of memory: free some, or measure fewer modes at once"),
+    ):
+        with pytest.raises(UserError) as raised:
+            check(SimpleNamespace(poll=lambda status=status: status, log=logs), "the arm", 2)
+        assert str(raised.value) == f"the arm ended with status {status}{words} (rank 0: wants more)"
 
 
 @pytest.mark.skipif(obstacle is not None, reason=f"a simulated cluster needs {obstacle}")

@@ -108,7 +108,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def checksum(contents: Sequence[Tensor]) -> int:
-    """XXH3 of uint8 tensors, one after another, as an int64: as fast as memory is read, where a CRC-32 takes longer than sending."""
+    """XXH3 (64 bits, as an int64) of uint8 tensors, one after another."""
     found = xxhash.xxh3_64()
     for values in contents:
         found.update(values.cpu().numpy())

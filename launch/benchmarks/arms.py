@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.mailbox import Mailbox
+from benchmarks.mailbox import Mailbox, check
 
 _SCRIPT = Path(__file__).with_name("arm.py")
 _START_SECONDS, _STEP_SECONDS = 600.0, 600.0  # the ranks of all arms start at once
@@ -59,7 +59,7 @@ class Arms:
         Alone, also the seconds of each rank.
 
         Raises:
-            RuntimeError: the arm's job has ended, with the end of each rank's log.
+            UserError: the arm's job has ended; with the last line of each rank's log.
         """
         request = {"micro_batches": micro_batches, "warmup": warmup, "steps": steps, "alone": alone}
         before = self.cluster.link_bytes()
@@ -117,11 +117,4 @@ class Arms:
             job.stop()
 
     def _watch(self, name: str) -> Callable[[], None]:
-        def alive() -> None:
-            job = self._jobs[name]
-            if (status := job.poll()) is not None:
-                logs = [job.log(rank) for rank in range(self.cluster.spec.world_size)]
-                ends = [log.read_text(errors="replace").strip().splitlines()[-1:] for log in logs if log.exists()]
-                raise RuntimeError(f"the arm {name} ended with status {status}: {ends}")
-
-        return alive
+        return lambda: check(self._jobs[name], f"the arm {name}", self.cluster.spec.world_size)

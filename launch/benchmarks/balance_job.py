@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median
 
-from benchmarks.mailbox import Mailbox
+from benchmarks.mailbox import Mailbox, check
 from benchmarks.repeats import interleaved
-from ds_recsys.errors import UserError
 
 _SCRIPT = Path(__file__).with_name("balance_rank.py")
 _CONFIG = Path(__file__).parents[2] / "ds_configs/baselines.json"
@@ -126,10 +125,7 @@ class Pipeline:
         return self._mail.ask(request, seconds)
 
     def _alive(self) -> None:
-        if (status := self._job.poll()) is not None:
-            logs = [self._job.log(rank) for rank in range(self.cluster.spec.world_size)]
-            ends = [log.read_text(errors="replace").strip().splitlines()[-1:] for log in logs if log.exists()]
-            raise UserError(f"the ranks ended with status {status}: {ends}")
+        check(self._job, "the pipeline's job", self.cluster.spec.world_size)
 
 
 def idle_share(split: Sequence[dict], speeds: Sequence[float], seconds: float) -> float:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ds_recsys.errors import UserError
+
 _POLL_SECONDS, _IDLE_POLL_SECONDS = 0.05, 0.5
 
 
@@ -44,6 +46,23 @@ class Mailbox:
                     raise TimeoutError(f"ranks {sorted(waiting)} have not answered {request} after {seconds:.0f} s")
                 time.sleep(_POLL_SECONDS)
         return [answers[rank] for rank in range(self.ranks)]
+
+
+_KILLED = 128 + 9
+
+
+def check(job, name: str, ranks: int) -> None:
+    """That a job of a simulated cluster is still up.
+
+    Raises:
+        UserError: it has ended; with the last line of each rank's log.
+    """
+    if (status := job.poll()) is None:
+        return
+    logs = [path.read_text(errors="replace").strip() for path in map(job.log, range(ranks)) if path.exists()]
+    ends = "; ".join(f"rank {rank}: {log.splitlines()[-1]}" for rank, log in enumerate(logs) if log)
+    memory = ", killed, most often for want of memory: free some, or measure fewer modes at once"
+    raise UserError(f"{name} ended with status {status}{memory if status == _KILLED else ''} ({ends or 'no logs'})")
 
 
 def serve(folder: Path, rank: int, answer: Callable[[dict], dict]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.mailbox import Mailbox
+from benchmarks.mailbox import Mailbox, check
 
 BEGAN = ".began"  # of the file that shows that a window has begun
 SLOWED = 1  # the replica that is slowed down or stopped; rank 0 says when a window ends
@@ -58,7 +58,7 @@ class Replicas:
             stopped: in the middle of it one replica is stopped for these seconds, which the window is longer for.
 
         Raises:
-            RuntimeError: the arm's job has ended, with the end of each rank's log.
+            UserError: the arm's job has ended; with the last line of each rank's log.
         """
         before = self._sent()
         with self._stop(self._mail[name].folder, seconds / 2, stopped) as interruption:
@@ -115,14 +115,7 @@ class Replicas:
                 thread.join()
 
     def _watch(self, name: str) -> Callable[[], None]:
-        def alive() -> None:
-            job = self._jobs[name]
-            if (status := job.poll()) is not None:
-                logs = [job.log(rank) for rank in range(self.cluster.spec.world_size)]
-                ends = [log.read_text(errors="replace").strip().splitlines()[-1:] for log in logs if log.exists()]
-                raise RuntimeError(f"the arm {name} ended with status {status}: {ends}")
-
-        return alive
+        return lambda: check(self._jobs[name], f"the arm {name}", self.cluster.spec.world_size)
 
 
 def summarise(answers: list[dict], seconds: float, speeds: Sequence[float], samples_per_step: int, sent: int) -> dict:
