@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -116,6 +117,20 @@ def test_a_stage_that_slows_down_gives_layers_away_and_nothing_else_changes(data
     assert "bounds [0, 4, 8] -> [0, 3, 8]" in lines[0] and "of a step" in lines[1] and len(lines) == 2
     assert all([m.decision for m in r[3]] == [m.decision for m in moves] for r in results)
     assert not any(lines for *_, lines in results[1:])
+
+
+def _exchanges():
+    """After how many steps the ranks have told each other what they took, and the steps that are recorded then."""
+    engine = _engine(2)
+    balance, calls, told = ds_recsys.AdaptivePartition(engine), [], []
+    with mock.patch.object(torch.distributed, "all_gather", side_effect=torch.distributed.all_gather) as gathered:
+        _train(engine, 12, lambda step: (balance(), calls.append(gathered.call_count)))
+        told = [step + 1 for step in range(12) if calls[step] > (calls[step - 1] if step else 0)]
+    return told, [record.step for record in balance.records]
+
+
+def test_ranks_tell_each_other_their_times_after_each_fifth_step():
+    assert run_on_grid(_exchanges, 2) == [([5, 10], list(range(1, 11)))] * 2
 
 
 def _heavy(method, folder):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from ds_recsys.balance.costs import Prediction, predict
@@ -52,7 +53,7 @@ class AdaptivePartition:
             engine.train_batch(data)
             balance()
 
-    Rank 0 decides, by `rule`, on what all ranks measured; one small all-gather a step tells them.
+    Rank 0 decides, by `rule`, on what all ranks measured, which they tell each other after each fifth step.
 
     Args:
         engine: any PipelineEngine whose layers can move; see `ds_recsys.balance.migrate.migrate`.
@@ -65,7 +66,7 @@ class AdaptivePartition:
         announce: is given each decision on rank 0, one line.
 
     Attributes:
-        records: what every step took.
+        records: what every step took, five at a time.
         moves: every move, the same on all ranks but for the realised gain.
     """
 
@@ -98,7 +99,7 @@ class AdaptivePartition:
         self._profiler = StageProfiler(engine)
         self._meter = Meter(engine, self._profiler, memory_limit)
         self._decider = Decider(rule)
-        self._next: Decision | None = None  # rank 0's, which the others hear of with the next step's times
+        self._next: Decision | None = None  # rank 0's, until the others have heard of it
         self._done = engine.module.num_stages == 1
         self._hopeless = False
 
@@ -106,16 +107,20 @@ class AdaptivePartition:
         """After a step. Collective over the world; returns the migration that it made."""
         if self._done:
             return None
-        reading, announced = self._meter.read(signal=self._next is not None)
-        step, bounds = self.engine.global_steps, self._bounds()
-        if reading is not None:
+        readings, bounds = self._meter.read(), self._bounds()
+        for step, reading in enumerate(readings, self.engine.global_steps - len(readings) + 1):
             self.records.append(Record(step, bounds, reading.stage_seconds, reading.step_seconds))
-            del self.records[:-_KEPT]
-        if announced:
-            return self._move(bounds)
-        if reading is not None and dist.get_rank() == 0:
-            self._next = self._verify(step, reading) if self._decider.verifying else self._considered(step, bounds)
-        return None
+            self._meter.take(reading)
+            if dist.get_rank() == 0 and self._next is None:
+                self._next = self._verify(step, reading) if self._decider.verifying else self._considered(step, bounds)
+        del self.records[:-_KEPT]
+        return self._move(bounds) if readings and self._decided() else None
+
+    def _decided(self) -> bool:
+        """Whether rank 0 has."""
+        decided = torch.tensor([self._next is not None], device=self.engine.device)
+        dist.broadcast(decided, src=0)
+        return bool(decided)
 
     def _considered(self, step: int, bounds: tuple[int, ...]) -> Decision | None:
         """A decision; where no cut is possible, that is said once, and the run goes on as it is."""

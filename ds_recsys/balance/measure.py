@@ -14,8 +14,9 @@ from ds_recsys.balance.layer_sample import LayerProfile
 from ds_recsys.balance.profile import StageProfiler, StepProfile
 from ds_recsys.balance.surroundings import layer_facts, timed_links
 
-_SMOOTH = 5  # steps whose median is a stage's time now
+WINDOW = 5  # steps after which the ranks tell each other what they took; the median of as many is a stage's time now
 _SAMPLES = 8  # of single layers, whose mean is a layer's cost
+_OF_A_STEP = 5  # numbers that a rank says of one step
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,19 @@ class Reading:
     Attributes:
         stage_seconds: forward and backward of one micro-batch, by stage; of its slowest replica.
         step_seconds: of the whole step on the slowest rank.
+        tokens: of a micro-batch, mean over the ranks.
+        reduction, optimizer: seconds per trainable byte on the rank that came last, which did not wait.
     """
 
     stage_seconds: tuple[float, ...]
     step_seconds: float
+    tokens: float
+    reduction: float
+    optimizer: float
 
 
 class Meter:
-    """Collects what the ranks' profilers found.
+    """Collects what the ranks' profilers found: `read` after each step, and `take` what it returns, one after another.
 
     Args:
         memory_limit: bytes a device may hold; None is no limit.
@@ -45,36 +51,44 @@ class Meter:
         self._links = timed_links(engine)
         self._stages: list[int] = [0] * dist.get_world_size()  # by rank
         dist.all_gather_object(self._stages, engine.module.stage_id)
-        self._recent: deque[Reading] = deque(maxlen=_SMOOTH)
+        self._recent: deque[Reading] = deque(maxlen=WINDOW)
         self._samples: deque[tuple[LayerTimes, ...]] = deque(maxlen=_SAMPLES)
-        self._pending: StepProfile | None = None  # the newest of this rank's samples, until all ranks have one
-        self._tokens = 0.0
+        self._unread = 0  # steps since the last exchange
+        self._pending: list[StepProfile] = []  # this rank's samples, until all ranks have as many
+        self._sampled: StepProfile | None = None  # the last of them
         self._boundaries = [0.0] * len(self._facts)  # bytes per token
         self._activations = [0.0] * len(self._facts)
-        self._reduction = self._optimizer = 0.0  # seconds per trainable byte
 
-    def read(self, signal: bool = False) -> tuple[Reading | None, bool]:
-        """After a step: its times, None while a device has not finished one, and whether rank 0 gave the signal.
+    def read(self) -> list[Reading]:
+        """After a step: what the last ones took, once for each WINDOW of them; nothing in between.
 
-        Collective over the world: one all-gather of eight numbers, and one more of objects when layers were sampled.
+        Collective over the world for each WINDOW: one all-gather of some numbers, and one more of objects when layers were
+        sampled.
         """
         steps = self._profiler.steps
-        newest = steps[-1] if steps else None
-        if newest is not None and newest.layers:
-            self._pending = newest
-        rows = _gathered(self._row(newest, signal), self._device)
-        if not all(row[0] for row in rows):
-            return None, bool(rows[0][1])
-        self._tokens = fmean(row[3] for row in rows)
-        per_token = [[row[4] for row in self._of(stage, rows)] for stage in range(self._module.num_stages)]
-        typical, slowest = zip(*map(replicas, per_token), strict=True)
-        reading = Reading(tuple(one * self._tokens for one in slowest), max(row[5] for row in rows))
-        self._recent.append(Reading(slowest, reading.step_seconds))
-        # of the ranks, the one that came last did not wait
-        self._reduction, self._optimizer = (min(row[column] for row in rows) for column in (6, 7))
-        if all(row[2] for row in rows):
-            self._take_sample(typical)
-        return reading, bool(rows[0][1])
+        if steps and steps[-1].layers and steps[-1] is not self._sampled:
+            self._sampled = steps[-1]
+            self._pending.append(self._sampled)
+        self._unread += 1
+        if self._unread < WINDOW:
+            return []
+        self._unread = 0
+        of_ranks = _gathered(self._row(steps[-WINDOW:]), self._device)
+        samples = min(int(row[0]) for row in of_ranks)
+        of_steps = [
+            [row[begin : begin + _OF_A_STEP] for row in of_ranks] for begin in range(1, len(of_ranks[0]), _OF_A_STEP)
+        ]
+        if not all(row[0] for rows in of_steps for row in rows):  # a device has yet to finish them
+            self._unread = WINDOW - 1
+            return []
+        readings = [self._reading(rows) for rows in of_steps]
+        if samples:
+            self._take_samples(samples, [typical for typical, _ in self._per_token(of_steps[-1])])
+        return readings
+
+    def take(self, reading: Reading) -> None:
+        """The newest that `costs` and the others go by."""
+        self._recent.append(reading)
 
     @property
     def ready(self) -> bool:
@@ -84,7 +98,7 @@ class Meter:
     @property
     def settled(self) -> bool:
         """Whether the smoothed times are all of the bounds that are in force."""
-        return len(self._recent) == _SMOOTH
+        return len(self._recent) == WINDOW
 
     @property
     def step_seconds(self) -> float:
@@ -99,7 +113,8 @@ class Meter:
         """
         self._recent.clear()
         self._profiler.clear(afresh)
-        self._pending = None
+        self._pending.clear()
+        self._unread = 0
         if afresh:
             self._samples.clear()
 
@@ -109,11 +124,13 @@ class Meter:
             LayerTimes(fmean(s[n].forward for s in self._samples), fmean(s[n].backward for s in self._samples))
             for n in range(len(self._facts))
         ]
-        bounds, stages = self._module.parts, zip(*(reading.stage_seconds for reading in self._recent), strict=True)
+        bounds = self._module.parts
+        per_token = ([seconds / reading.tokens for seconds in reading.stage_seconds] for reading in self._recent)
         work = [sum(layer.total for layer in layers[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-        slow = slowdowns([median(seconds) for seconds in stages], work)
+        newest = self._recent[-1]
+        slow = slowdowns([median(stage) for stage in zip(*per_token, strict=True)], work)
         fastest = min(slow)
-        factor = fastest * self._tokens
+        factor = fastest * newest.tokens
         return PipelineCosts(
             [
                 LayerCost(
@@ -122,8 +139,8 @@ class Meter:
                     weight_bytes=facts.weight_bytes,
                     trainable_bytes=facts.trainable_bytes,
                     optimizer_bytes=facts.optimizer_bytes,
-                    activation_bytes=round(kept * self._tokens),
-                    boundary_bytes=round(out * self._tokens),
+                    activation_bytes=round(kept * newest.tokens),
+                    boundary_bytes=round(out * newest.tokens),
                     needed=facts.needed,
                     joined=facts.joined,
                 )
@@ -135,8 +152,8 @@ class Meter:
                 StageCost(
                     slowdown=one / fastest,
                     memory_limit=self._memory_limit,
-                    reduction=self._reduction,
-                    optimizer=self._optimizer,
+                    reduction=newest.reduction,
+                    optimizer=newest.optimizer,
                 )
                 for one in slow
             ],
@@ -149,33 +166,43 @@ class Meter:
         moving = [facts for facts, a, b in zip(self._facts, *home, strict=True) if a != b]
         return sum(facts.weight_bytes + facts.optimizer_bytes for facts in moving)
 
-    def _row(self, step: StepProfile | None, signal: bool) -> list[float]:
-        if step is None:
-            return [0.0, float(signal), *[0.0] * 6]
+    def _row(self, steps: Sequence[StepProfile]) -> list[float]:
+        """How many samples this rank has, and of each step of a WINDOW what `_reading` takes; zeros for missing ones."""
         stage, bounds = self._module.stage_id, self._module.parts
-        held = self._facts[bounds[stage] : bounds[stage + 1]]
-        trainable = max(1, sum(facts.trainable_bytes for facts in held))
-        return [
-            1.0,
-            float(signal),
-            float(self._pending is not None),
-            step.tokens,
-            (step.forward + step.backward) / step.tokens,
-            step.seconds,
-            step.reduction / trainable,
-            step.optimizer / trainable,
-        ]
+        trainable = max(1, sum(facts.trainable_bytes for facts in self._facts[bounds[stage] : bounds[stage + 1]]))
+        row = [float(len(self._pending)), *[0.0] * _OF_A_STEP * (WINDOW - len(steps))]
+        for step in steps:
+            per_token = (step.forward + step.backward) / step.tokens
+            row += [step.tokens, per_token, step.seconds, step.reduction / trainable, step.optimizer / trainable]
+        return row
 
-    def _of(self, stage: int, rows: Sequence) -> list:
-        return [row for row, held in zip(rows, self._stages, strict=True) if held == stage]
+    def _reading(self, rows: Sequence[Sequence[float]]) -> Reading:
+        """Of one step, from what every rank says of it."""
+        tokens, _, seconds, reduction, optimizer = zip(*rows, strict=True)
+        mean = fmean(tokens)
+        slowest = tuple(slowest * mean for _, slowest in self._per_token(rows))
+        return Reading(slowest, max(seconds), mean, min(reduction), min(optimizer))
 
-    def _take_sample(self, stage_seconds: Sequence[float]) -> None:
-        """All ranks have sampled their layers: exchange what they found."""
+    def _per_token(self, rows: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+        """By stage, seconds per token in one step of its typical replica and of its slowest one."""
+        stages = range(self._module.num_stages)
+        of_stages = (
+            [row[1] for row, held in zip(rows, self._stages, strict=True) if held == stage] for stage in stages
+        )
+        return [replicas(found) for found in of_stages]
+
+    def _take_samples(self, count: int, stage_seconds: Sequence[float]) -> None:
+        """All ranks have sampled their layers so often: exchange what they found."""
+        mine = [(step.layers, step.layer_tokens) for step in self._pending[:count]]
+        del self._pending[:count]
         everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self._pending.layers, self._pending.layer_tokens))
-        self._pending = None
+        dist.all_gather_object(everyone, mine)
+        for of_ranks in zip(*everyone, strict=True):
+            self._take_sample(of_ranks, stage_seconds)
+
+    def _take_sample(self, of_ranks: Sequence[tuple], stage_seconds: Sequence[float]) -> None:
         found: dict[int, list[tuple[LayerProfile, float]]] = {}
-        for layers, tokens in everyone:
+        for layers, tokens in of_ranks:
             for layer, profile in layers.items():
                 found.setdefault(layer, []).append((profile, tokens))
         times = {}

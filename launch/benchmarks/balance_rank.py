@@ -24,7 +24,7 @@ from benchmarks.balance_cuts import near_best
 from benchmarks.mailbox import serve
 from ds_recsys import checkpoint, reshard
 from ds_recsys.assemble import build_pipe, model_parts, training_windows
-from ds_recsys.balance.measure import Meter
+from ds_recsys.balance.measure import WINDOW, Meter
 from ds_recsys.balance.migrate import migrate
 from ds_recsys.balance.partition import uniform
 from ds_recsys.balance.profile import StageProfiler
@@ -36,7 +36,6 @@ from ds_recsys.models.pipeline import keep_tail
 from ds_recsys.objective import NextItemLoss
 
 KINDS = ("compute", "pipeline", "gradients", "optimizer", "other")
-_PROFILED_STEPS = 6  # the profiler samples layers in the second to the fourth, a stage's time is the median of five
 
 
 class Rank:
@@ -146,9 +145,10 @@ class Rank:
         """Answers: as ds_recsys profiles them at the present cut, seconds of the layers and slowdowns of the stages, and the
         cuts near the best, see `near_best`."""
         meter = Meter(self.engine, profiler := StageProfiler(self.engine))
-        for _ in range(_PROFILED_STEPS):
+        for _ in range(WINDOW):  # in the second to the fourth the profiler samples layers
             self.engine.train_batch(iter(self._micro_batches))
-            meter.read()
+            for reading in meter.read():
+                meter.take(reading)
         profiler.close()
         if dist.get_rank():
             return {}
