@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ds_recsys.balance.costs import Prediction, predict
 from ds_recsys.balance.decide import Decider, Decision, Rule, best_cut
-from ds_recsys.balance.measure import Meter, Reading
+from ds_recsys.balance.measure import Gathering, Meter, Reading
 from ds_recsys.balance.migrate import Migration, MigrationError, migrate
 from ds_recsys.balance.profile import StageProfiler
 from ds_recsys.errors import UserError
@@ -53,7 +53,8 @@ class AdaptivePartition:
             engine.train_batch(data)
             balance()
 
-    Rank 0 decides, by `rule`, on what all ranks measured, which they tell each other after each fifth step.
+    Rank 0 decides, by `rule`, on what all ranks measured, which they tell each other after each fifth step and hear a step
+    later, so that none waits for another.
 
     Args:
         engine: any PipelineEngine whose layers can move; see `ds_recsys.balance.migrate.migrate`.
@@ -66,7 +67,7 @@ class AdaptivePartition:
         announce: is given each decision on rank 0, one line.
 
     Attributes:
-        records: what every step took, five at a time.
+        records: what steps took, five at a time; the one or two between a decision and its move are left out.
         moves: every move, the same on all ranks but for the realised gain.
     """
 
@@ -100,6 +101,7 @@ class AdaptivePartition:
         self._meter = Meter(engine, self._profiler, memory_limit)
         self._decider = Decider(rule)
         self._next: Decision | None = None  # rank 0's, until the others have heard of it
+        self._decided: Gathering | None = None  # of ranks, whether it has decided; rank 0's word counts
         self._done = engine.module.num_stages == 1
         self._hopeless = False
 
@@ -107,20 +109,19 @@ class AdaptivePartition:
         """After a step. Collective over the world; returns the migration that it made."""
         if self._done:
             return None
-        readings, bounds = self._meter.read(), self._bounds()
-        for step, reading in enumerate(readings, self.engine.global_steps - len(readings) + 1):
+        bounds, decided, self._decided = self._bounds(), self._decided, None
+        if decided is not None and decided.wait()[0].item():
+            return self._move(bounds)
+        readings = self._meter.read()
+        for step, reading in enumerate(readings, self.engine.global_steps - len(readings)):
             self.records.append(Record(step, bounds, reading.stage_seconds, reading.step_seconds))
             self._meter.take(reading)
             if dist.get_rank() == 0 and self._next is None:
                 self._next = self._verify(step, reading) if self._decider.verifying else self._considered(step, bounds)
         del self.records[:-_KEPT]
-        return self._move(bounds) if readings and self._decided() else None
-
-    def _decided(self) -> bool:
-        """Whether rank 0 has."""
-        decided = torch.tensor([self._next is not None], device=self.engine.device)
-        dist.broadcast(decided, src=0)
-        return bool(decided)
+        if readings:
+            self._decided = Gathering(torch.tensor([self._next is not None], device=self.engine.device))
+        return None
 
     def _considered(self, step: int, bounds: tuple[int, ...]) -> Decision | None:
         """A decision; where no cut is possible, that is said once, and the run goes on as it is."""

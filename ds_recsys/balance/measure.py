@@ -7,6 +7,7 @@ from statistics import fmean, median
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ds_recsys.balance.costs import LayerCost, PipelineCosts, StageCost
 from ds_recsys.balance.estimate import LayerTimes, estimate, replicas, slowdowns
@@ -40,6 +41,8 @@ class Reading:
 class Meter:
     """Collects what the ranks' profilers found: `read` after each step, and `take` what it returns, one after another.
 
+    What a rank has to say leaves after each WINDOW of steps and is read a step later: no rank waits for another.
+
     Args:
         memory_limit: bytes a device may hold; None is no limit.
     """
@@ -54,37 +57,46 @@ class Meter:
         self._recent: deque[Reading] = deque(maxlen=WINDOW)
         self._samples: deque[tuple[LayerTimes, ...]] = deque(maxlen=_SAMPLES)
         self._unread = 0  # steps since the last exchange
+        self._under_way: Gathering | None = None
         self._pending: list[StepProfile] = []  # this rank's samples, until all ranks have as many
         self._sampled: StepProfile | None = None  # the last of them
         self._boundaries = [0.0] * len(self._facts)  # bytes per token
         self._activations = [0.0] * len(self._facts)
 
     def read(self) -> list[Reading]:
-        """After a step: what the last ones took, once for each WINDOW of them; nothing in between.
+        """After a step: what those of the last WINDOW took, a step after its end; nothing otherwise.
 
-        Collective over the world for each WINDOW: one all-gather of some numbers, and one more of objects when layers were
+        Collective over the world, once for each WINDOW: an all-gather of some numbers, and one of objects when layers were
         sampled.
         """
         steps = self._profiler.steps
         if steps and steps[-1].layers and steps[-1] is not self._sampled:
             self._sampled = steps[-1]
             self._pending.append(self._sampled)
+        readings = []
+        if self._under_way is not None:
+            readings = self._arrived(self._under_way.wait().tolist())
+            self._under_way = None
+            if not readings:
+                self._unread = WINDOW
         self._unread += 1
-        if self._unread < WINDOW:
-            return []
-        self._unread = 0
-        of_ranks = _gathered(self._row(steps[-WINDOW:]), self._device)
+        if self._unread >= WINDOW:
+            self._unread = 0
+            self._under_way = Gathering(
+                torch.tensor(self._row(steps[-WINDOW:]), dtype=torch.float64, device=self._device)
+            )
+        return readings
+
+    def _arrived(self, of_ranks: list[list[float]]) -> list[Reading]:
         samples = min(int(row[0]) for row in of_ranks)
         of_steps = [
             [row[begin : begin + _OF_A_STEP] for row in of_ranks] for begin in range(1, len(of_ranks[0]), _OF_A_STEP)
         ]
-        if not all(row[0] for rows in of_steps for row in rows):  # a device has yet to finish them
-            self._unread = WINDOW - 1
+        if not all(row[0] for rows in of_steps for row in rows):  # a device had yet to finish them
             return []
-        readings = [self._reading(rows) for rows in of_steps]
         if samples:
             self._take_samples(samples, [typical for typical, _ in self._per_token(of_steps[-1])])
-        return readings
+        return [self._reading(rows) for rows in of_steps]
 
     def take(self, reading: Reading) -> None:
         """The newest that `costs` and the others go by."""
@@ -114,7 +126,7 @@ class Meter:
         self._recent.clear()
         self._profiler.clear(afresh)
         self._pending.clear()
-        self._unread = 0
+        self._unread, self._under_way = 0, None
         if afresh:
             self._samples.clear()
 
@@ -217,9 +229,17 @@ class Meter:
         self._samples.append(estimate(times, kinds, self._module.parts, stage_seconds).layers)
 
 
-def _gathered(row: list[float], device: torch.device) -> list[list[float]]:
-    """Every rank's row."""
-    mine = torch.tensor(row, dtype=torch.float64, device=device)
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, mine)
-    return torch.stack(rows).tolist()
+class Gathering:
+    """Every rank's tensor on its way to every rank. Collective over the world; on a device, in the order of its stream."""
+
+    def __init__(self, mine: Tensor):
+        self._rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        self._mine = mine
+        self._work = dist.all_gather(self._rows, mine, async_op=True)
+        if mine.device.type != "cpu":
+            self._work.wait()  # the stream does, and not this process
+
+    def wait(self) -> Tensor:
+        """[ranks, ...]."""
+        self._work.wait()
+        return torch.stack(self._rows)

@@ -145,7 +145,7 @@ class Rank:
         """Answers: as ds_recsys profiles them at the present cut, seconds of the layers and slowdowns of the stages, and the
         cuts near the best, see `near_best`."""
         meter = Meter(self.engine, profiler := StageProfiler(self.engine))
-        for _ in range(WINDOW):  # in the second to the fourth the profiler samples layers
+        for _ in range(WINDOW + 1):  # in the second to the fourth the profiler samples layers
             self.engine.train_batch(iter(self._micro_batches))
             for reading in meter.read():
                 meter.take(reading)
