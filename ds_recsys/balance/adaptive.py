@@ -228,6 +228,10 @@ class AdaptivePartition:
             self.engine.monitor.write_events([(f"Balance/{key}", value, samples) for key, value in events.items()])
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Watch no longer. What is on its way is waited for: a rank may end after this, and others have yet to hear it."""
         self._done = True
+        for gathering in (self._decided, self._meter.under_way):
+            if gathering is not None:
+                gathering.wait()
+        self._decided = None
         self._profiler.close()

@@ -45,6 +45,9 @@ class Meter:
 
     Args:
         memory_limit: bytes a device may hold; None is no limit.
+
+    Attributes:
+        under_way: what was said and has not been read.
     """
 
     def __init__(self, engine, profiler: StageProfiler, memory_limit: int | None = None):
@@ -57,7 +60,7 @@ class Meter:
         self._recent: deque[Reading] = deque(maxlen=WINDOW)
         self._samples: deque[tuple[LayerTimes, ...]] = deque(maxlen=_SAMPLES)
         self._unread = 0  # steps since the last exchange
-        self._under_way: Gathering | None = None
+        self.under_way: Gathering | None = None
         self._pending: list[StepProfile] = []  # this rank's samples, until all ranks have as many
         self._sampled: StepProfile | None = None  # the last of them
         self._boundaries = [0.0] * len(self._facts)  # bytes per token
@@ -74,15 +77,15 @@ class Meter:
             self._sampled = steps[-1]
             self._pending.append(self._sampled)
         readings = []
-        if self._under_way is not None:
-            readings = self._arrived(self._under_way.wait().tolist())
-            self._under_way = None
+        if self.under_way is not None:
+            readings = self._arrived(self.under_way.wait().tolist())
+            self.under_way = None
             if not readings:
                 self._unread = WINDOW
         self._unread += 1
         if self._unread >= WINDOW:
             self._unread = 0
-            self._under_way = Gathering(
+            self.under_way = Gathering(
                 torch.tensor(self._row(steps[-WINDOW:]), dtype=torch.float64, device=self._device)
             )
         return readings
@@ -126,7 +129,7 @@ class Meter:
         self._recent.clear()
         self._profiler.clear(afresh)
         self._pending.clear()
-        self._unread, self._under_way = 0, None
+        self._unread, self.under_way = 0, None
         if afresh:
             self._samples.clear()
 

@@ -50,12 +50,14 @@ def plot(records: Sequence[Record], moves: Sequence[Move], path: str | Path) -> 
         above.plot(steps, [1e3 * one for one in seconds], linewidth=1, label=f"stage {stage}")
     below.plot(steps, [record.step_seconds for record in records], linewidth=1, color="0.2")
     for move in moves:
-        back = move.decision.back
+        decision, back = move.decision, move.decision.back
+        since = (record.step for record in records if record.step > decision.step and record.bounds == decision.bounds)
+        place = next(since, decision.step + 1) - 0.5
         for axes in (above, below):
-            axes.axvline(move.decision.step + 1, color="C3" if back else "0.5", linestyle="--", linewidth=1)
+            axes.axvline(place, color="C3" if back else "0.5", linestyle="--", linewidth=1)
         above.annotate(
-            "taken back" if back else f"{list(move.decision.bounds)}",
-            (move.decision.step + 1, 1.02),
+            "taken back" if back else f"{list(decision.bounds)}",
+            (place, 1.02),
             xycoords=("data", "axes fraction"),
             fontsize=7,
         )
