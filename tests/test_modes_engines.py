@@ -1,5 +1,6 @@
 """Modes in a plain engine: off, NaN, compression, saving and resuming, evaluation, precision, what is refused."""
 
+import importlib
 import sys
 
 import pytest
@@ -42,7 +43,6 @@ def _sync():
     plain = engine()
     assert train(ours, 0, 5) == train(plain, 0, 5) and same(weights(ours), weights(plain))
     assert not hasattr(ours, "data_parallel")
-    assert not [name for name in sys.modules if name.startswith("ds_recsys.comm")], "sync needs nothing of it"
     closed = _make("diloco")
     closed.data_parallel.close()
     assert train(closed, 0, 5) == train(engine(), 0, 5)
@@ -50,6 +50,19 @@ def _sync():
 
 def test_sync_and_closed_modes_change_nothing():
     run_on_grid(_sync, 2)
+
+
+def _imported():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ds_recsys"]:
+        del sys.modules[name]  # the fork server had imported it all
+    fresh = importlib.import_module("ds_recsys")
+    model, values = small_model(), config(recsys={"data_parallel": {"mode": "sync"}})
+    fresh.initialize(model=model, model_parameters=model.parameters(), config=values)
+    return [name for name in sys.modules if name.startswith("ds_recsys.comm")]
+
+
+def test_sync_imports_nothing_that_compresses():
+    assert run_on_grid(_imported, 1) == [[]]
 
 
 # ---- NaN
