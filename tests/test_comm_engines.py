@@ -360,3 +360,19 @@ def test_a_method_with_more_error_must_be_a_tenth_faster(seconds, method):
     from ds_recsys.comm import probe
 
     assert probe.decide(seconds, 10).method == method
+
+
+def _probed(shape):
+    from ds_recsys.comm.probe import reduction
+    from ds_recsys.comm.reducer import Reducer
+
+    reducer = Reducer(None, "powersgd", rank=4)
+    flat = torch.ones(4 * 128 * 128)
+    reduction(None, "powersgd", lambda _: reducer, shape)(flat)
+    assert torch.allclose(flat, torch.full_like(flat, 2.0)), "of rank 1"
+    return reducer.bytes_sent / (4 * flat.numel())
+
+
+def test_powersgd_is_timed_on_matrices():
+    assert run_on_grid(_probed, 2, shape=(128, 128)) == [4 * (128 + 128) / 128**2] * 2
+    assert run_on_grid(_probed, 2, shape=None) == [1.0] * 2  # one row: nothing to project

@@ -1,5 +1,6 @@
 """Which method is fastest on these links: each is timed once, on values like a gradient's. Dense is one of them."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,14 +75,21 @@ def _time(group, method: str, make_reducer: Callable, values: int) -> float:
     return best
 
 
-def reduction(group: dist.ProcessGroup | None, method: str, make_reducer: Callable) -> Callable:
-    """What sums a flat buffer in place by `method`; "none" is the backend's own sum."""
+def reduction(
+    group: dist.ProcessGroup | None, method: str, make_reducer: Callable, shape: tuple[int, int] | None = None
+) -> Callable:
+    """What sums a flat buffer in place by `method`; "none" is the backend's own sum.
+
+    The buffer holds matrices of `shape`, whole ones, or one with a single row.
+    """
     if method == "none":
         return lambda flat: dist.all_reduce(flat, group=group)
     reducer = make_reducer(method)
 
     def reduce(flat):
-        reducer.all_reduce(flat, [(f"probe {flat.numel()}", (1, flat.numel()))])
+        one = shape or (1, flat.numel())
+        count = flat.numel() // math.prod(one)
+        reducer.all_reduce(flat, [(f"probe {flat.numel()}, {number}", one) for number in range(count)])
         reducer.commit()
 
     return reduce

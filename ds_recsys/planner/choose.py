@@ -202,11 +202,12 @@ def _measure(
     # rows of a table have a lazy Adam of their own
     fused = open_keys.adam and config.deepspeed["optimizer"]["params"].get("torch_adam") is True
     fused = fused and recsys.head.sparse_gradients is not True
+    clips = config.deepspeed.get("gradient_clipping", 1.0) > 0  # as DeepSpeed has it
     kinds, unsplit, slowdowns, pace, copy, optimizer = {}, {}, (1.0,) * len(hosts), 0.0, 0.0, _Optimizer(0.0, None)
     for tensor in sorted({plan.tensor for plan in candidates}):
         _tell(f"layers, tensor {tensor}")
         try:
-            mine = layers.measure(recsys, model_config, windows, counts, sizes, tensor, adamw, fused)
+            mine = layers.measure(recsys, model_config, windows, counts, sizes, tensor, adamw, fused, clips)
         except UserError as error:
             unsplit[tensor] = str(error)
             continue
@@ -232,7 +233,7 @@ def _measure(
         _tell(f"sums over data {data} beside tensor {tensor}")
         owners = replica_shares(hosts, rates, slowdowns, data, tensor) if rates else ()
         sums[data, tensor] = links.measure_sums(
-            data, tensor, list({b.method: b for b in blocks}.values()), pace, owners
+            data, tensor, list({b.method: b for b in blocks}.values()), pace, owners, model_config.hidden_size
         )
     strides = sorted({plan.data * plan.tensor for plan in candidates if plan.pipe > 1})
     skeleton = builder.skeleton

@@ -7,6 +7,7 @@ from statistics import fmean, median
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import Parameter
 from transformers import PreTrainedConfig
 
@@ -24,7 +25,7 @@ from ds_recsys.topology import Grid
 
 _BLOCKS = 2
 _ITEMS = 200_000  # most that are tried; a full softmax over more takes longer in proportion
-_SECONDS = 1.0  # spent on a size of micro-batch at least, by one rank
+_SECONDS = 2.5  # spent on a size of micro-batch at least, by each rank: a tenth of a second is the grain of a CPU quota
 _REPEATS = 3  # of an optimizer step and of a copy
 _ALIKE = 1.15  # devices that differ by less are taken to be equal
 
@@ -35,9 +36,10 @@ class Measured:
 
     Attributes:
         kinds: class name of a layer -> its facts; a block's are the mean of two.
-        seconds: of a micro-batch of each size that was tried.
+        seconds: of all micro-batches that were tried, the same ones on all ranks.
         processor_seconds: what all threads of this process computed in them; 0 on an accelerator.
-        optimizer, fused: seconds per parameter of AdamW as the config has it, and of its fused form where that was asked for.
+        optimizer, fused: seconds per parameter of AdamW as the config has it, and of its fused form where that was asked for,
+            each with what clips gradients.
         copy: seconds per parameter to copy the gradients.
     """
 
@@ -58,6 +60,7 @@ def measure(
     tensor: int,
     adamw: dict,
     fused: bool = False,
+    clips: bool = True,
 ) -> Measured:
     """Forward and backward passes over micro-batches of `sizes` windows, on all ranks at once. Collective.
 
@@ -68,6 +71,7 @@ def measure(
         tensor: ranks of a tensor axis.
         adamw: keyword arguments of torch.optim.AdamW.
         fused: also measure its fused form.
+        clips: whether a step clips gradients by their norm first.
 
     Raises:
         UserError: the model's layers cannot be shared by so many ranks.
@@ -87,8 +91,8 @@ def measure(
     larger = (model_config.vocab_size - 1) / items if recsys.head.loss == "full" else 1.0
     kinds = _kinds(pipe, points, larger)
     parameters = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
-    optimizer = _optimizer_seconds(parameters, adamw)
-    other = _optimizer_seconds(parameters, {**adamw, "fused": True}) if fused else None
+    optimizer = _optimizer_seconds(parameters, adamw, clips)
+    other = _optimizer_seconds(parameters, {**adamw, "fused": True}, clips) if fused else None
     return Measured(kinds, seconds, processor, optimizer, _copy_seconds(parameters), other)
 
 
@@ -110,7 +114,7 @@ def _micro_batches(windows, recsys: Recsys, size: int, items: int) -> list:
 
 
 def _passes(pipe, micro_batches: list) -> tuple[dict[int, LayerProfile], float, float]:
-    """(layers, seconds, processor seconds) of one pass, mean over as many as all ranks agree on."""
+    """(layers of one pass, mean; seconds and processor seconds of all) over as many passes as all ranks agree on."""
     device = next(pipe.parameters()).device
     moved = [_to(device, one) for one in micro_batches]
     clock = clock_of_this_device()
@@ -136,7 +140,7 @@ def _passes(pipe, micro_batches: list) -> tuple[dict[int, LayerProfile], float, 
         )
         for layer in found[0]
     }
-    return mean, spent / len(found), used / len(found)
+    return mean, spent, used
 
 
 def _pass(pipe, micro_batch, clock) -> dict[int, LayerProfile]:
@@ -187,12 +191,18 @@ def _mean(facts: list[LayerFacts]) -> LayerFacts:
     return LayerFacts(line("forward"), line("backward"), facts[0].boundary_bytes, facts[0].activation_bytes)
 
 
-def _optimizer_seconds(parameters: list[Parameter], adamw: dict) -> float:
-    """Seconds per parameter of a step of torch's AdamW; the weights stay as they are."""
+def _optimizer_seconds(parameters: list[Parameter], adamw: dict, clips: bool) -> float:
+    """Seconds per parameter of a step of torch's AdamW, and of clipping before it; the weights stay as they are."""
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.full_like(parameter, 1e-3)  # zeros would all be read from one page of memory
     optimizer = torch.optim.AdamW(parameters, **{**adamw, "lr": 0.0, "weight_decay": 0.0})
-    return _seconds_of(optimizer.step, parameters)
+
+    def step() -> None:
+        if clips:
+            nn.utils.clip_grad_norm_(parameters, max_norm=1e9)
+        optimizer.step()
+
+    return _seconds_of(step, parameters)
 
 
 def _copy_seconds(parameters: list[Parameter]) -> float:

@@ -1,5 +1,6 @@
 """Measures sums over the replicas and messages between stages, on the groups of ranks that grids would have."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,12 @@ _ROUNDS = 5  # of hosts in pairs
 
 
 def measure_sums(
-    data: int, tensor: int, options: Sequence[Compression], pace: float, owners: tuple[float, ...] = ()
+    data: int,
+    tensor: int,
+    options: Sequence[Compression],
+    pace: float,
+    owners: tuple[float, ...] = (),
+    width: int = 256,
 ) -> dict[str, SumFacts]:
     """Method -> cost of a value's sum over the data axis of a grid, all of its groups at once. Collective over the world.
 
@@ -29,27 +35,30 @@ def measure_sums(
         pace: seconds of the device in which one of the process's processor seconds passes; 0 on an accelerator, which
             goes on computing while gradients are encoded.
         owners: parts in which replicas might sum what is compressed, beside equal ones.
+        width: of the square matrices that the values make up, the model's hidden size: PowerSGD's costs depend on it.
     """
     stage, rank, costs = data * tensor, dist.get_rank(), {}
     first = rank // stage * stage + rank % tensor
     group = group_of([first + place * tensor for place in range(data)])
     for block in options:
-        costs[block.method] = _measure_sum(group, block, pace)
+        costs[block.method] = _measure_sum(group, block, pace, width)
         if owners and block.method != "none":
-            other = _measure_sum(group, block.model_copy(update={"owner_shares": list(owners)}), pace)
+            other = _measure_sum(group, block.model_copy(update={"owner_shares": list(owners)}), pace, width)
             costs[block.method] = replace(costs[block.method], unlike=replace(other, owners=owners))
     return costs
 
 
-def _measure_sum(group: dist.ProcessGroup, block: Compression, pace: float) -> SumFacts:
+def _measure_sum(group: dist.ProcessGroup, block: Compression, pace: float, width: int) -> SumFacts:
     def make(method: str) -> Reducer:
         given = {key: getattr(block, key) for key in block.model_fields_set - {"method"}}
         return Reducer(group, method, **given)
 
-    flat = torch.randn(_VALUES, device=_device(), generator=torch.Generator(_device()).manual_seed(0)).mul_(1e-3)
-    seconds, processor = _timed(reduction(group, block.method, make), flat)
+    shape = min(width, _VALUES // width), width
+    values = _VALUES // math.prod(shape) * math.prod(shape)
+    flat = torch.randn(values, device=_device(), generator=torch.Generator(_device()).manual_seed(0)).mul_(1e-3)
+    seconds, processor = _timed(reduction(group, block.method, make, shape), flat)
     found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (seconds / _VALUES, pace * processor / _VALUES))
+    dist.all_gather_object(found, (seconds / values, pace * processor / values))
     return SumFacts(max(one[0] for one in found), max(one[1] for one in found))
 
 

@@ -1,0 +1,20 @@
+"""What the planner measures of an optimizer."""
+
+import pytest
+import torch
+from torch import nn
+
+from ds_recsys.planner import layers
+
+
+@pytest.mark.parametrize("clips", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_is_measured_with_what_its_step_reads_and_changes_no_weight(clips, fused, monkeypatch):
+    norms, clip = [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args, **kwargs: norms.append(clip(*args, **kwargs)))
+    parameters = [nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))]
+    before = [parameter.detach().clone() for parameter in parameters]
+    assert layers._optimizer_seconds(parameters, {"fused": fused}, clips) > 0
+    assert all(torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+    assert all(parameter.grad.all() for parameter in parameters), "zeros would be read from one page"
+    assert (len(norms) > 1) == clips
