@@ -9,7 +9,7 @@ from ds_recsys.comm.aggregation import Aggregator
 from ds_recsys.comm.compressors.dense import Float32
 from ds_recsys.comm.error_feedback import ErrorFeedback
 from ds_recsys.comm.layout import Segment
-from ds_recsys.comm.low_rank import LowRank
+from ds_recsys.comm.low_rank import LowRank, factor_bytes
 from ds_recsys.comm.transport import transport_for
 
 SHAPES = {"weight": (12, 7), "conv": (5, 3, 4), "thin": (1, 9)}
@@ -152,7 +152,7 @@ def bytes_and_start():
     low_rank, aggregator, _ = build()
     low_rank.all_reduce(gradient(0, 0), layout()[0], aggregator, 0)
     low_rank.commit()
-    expected = sum(low_rank.wire_bytes(shape) for shape in SHAPES.values())
+    expected = sum(factor_bytes(low_rank.rank, shape) for shape in SHAPES.values())
     assert expected == 4 * (2 * (12 + 7) + 2 * (5 + 12) + 1 * (1 + 9))
     assert aggregator.transport.bytes_sent == expected
     assert low_rank.all_reduce(torch.zeros(3), [], aggregator, 1)

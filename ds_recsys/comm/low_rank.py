@@ -33,11 +33,6 @@ class LowRank:
         self._queries: dict[str, Tensor] = {}
         self._staged: dict[str, Tensor] = {}
 
-    def wire_bytes(self, shape) -> int:
-        """Of one rank's P and Q of a matrix: 4 min(r, m, n) (m + n)."""
-        rows, columns = as_matrix(shape)
-        return 4 * min(self.rank, rows, columns) * (rows + columns)
-
     @torch.no_grad()
     def all_reduce(
         self, flat: Tensor, matrices: list[tuple[Segment, tuple]], aggregator: Aggregator, step: int
@@ -123,6 +118,12 @@ class _Matrix:
         if residual is not None:
             self.values.add_(residual.view_as(self.values), alpha=multiplier)
         self.error = None if error is None else error.view_as(self.values)
+
+
+def factor_bytes(rank: int, shape) -> int:
+    """Of one rank's P and Q of a matrix: 4 min(r, m, n) (m + n)."""
+    rows, columns = as_matrix(shape)
+    return 4 * min(rank, rows, columns) * (rows + columns)
 
 
 def as_matrix(shape) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from ds_recsys.comm.error_feedback import ErrorFeedback
 from ds_recsys.comm.hierarchical import HierarchicalAggregator, subgroups
 from ds_recsys.comm.hosts import shared_hosts
 from ds_recsys.comm.layout import Segment
-from ds_recsys.comm.low_rank import LowRank
+from ds_recsys.comm.low_rank import LowRank, factor_bytes
 from ds_recsys.comm.momentum import MomentumCorrection
 from ds_recsys.comm.shared_memory import local_transport_for
 from ds_recsys.comm.transport import transport_for
@@ -162,7 +162,7 @@ class Reducer:
             for name, shape in tensors:
                 numel = math.prod(shape)
                 compressed = chosen is not None and is_compressed(self.options, name, shape)
-                if compressed and self._low_rank and self._low_rank.wire_bytes(shape) < 4 * numel:
+                if compressed and self._low_rank and factor_bytes(self.options.rank, shape) < 4 * numel:
                     matrices.append((Segment(name, offset, numel, Float32()), shape))
                 else:
                     compressed = compressed and not self._low_rank
@@ -258,6 +258,16 @@ def owned(options: Compression, ranks: int) -> tuple[float, ...] | None:
 def is_compressed(options: Compression, name: str, shape: tuple[int, ...]) -> bool:
     """Whether a parameter is a matrix that the method takes, rather than sent as fp32."""
     return len(shape) > 1 and math.prod(shape) >= options.min_elements and "lora_" not in name
+
+
+def value_bytes(options: Compression, name: str, shape: tuple[int, ...]) -> float:
+    """Bytes of a value of a gradient as a rank sends it once, when what warms up has."""
+    numel = math.prod(shape)
+    if options.method == "none" or not is_compressed(options, name, shape):
+        return 4.0
+    if options.method == "powersgd":
+        return min(4.0, factor_bytes(options.rank, shape) / numel)
+    return compressor_of(options).wire_bytes(numel) / numel
 
 
 def compressor_of(options: Compression, ratio: float | None = None):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.sparse_tensor import SparseTensor
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch.nn import Parameter
 from ds_recsys import compat
 from ds_recsys.comm.backend import GradientBackend
 from ds_recsys.comm.overlap import Bucket, OverlappedBuckets, make_buckets
-from ds_recsys.comm.reducer import Reducer
+from ds_recsys.comm.reducer import Reducer, value_bytes
+from ds_recsys.head.row_sparse import rows_pay
 from ds_recsys.method_hook import MethodHook
 
 
@@ -22,6 +24,9 @@ class StageZeroGradients:
 
     Row-sparse gradients, which are small, stay with DeepSpeed; dense ones go in buckets through DeepSpeed's own averaging,
     whose all-reduce the reducer answers. BF16_Optimizer's are taken in fp32, before they would be rounded.
+
+    A module with a `tied_table`, the gradient of whose largest weight is whole as the last of all, has it in two parts if it
+    looks few of its rows up: a dense part, which is compressed and leaves first, and rows, which are sent as they are.
     """
 
     def __init__(
@@ -41,11 +46,21 @@ class StageZeroGradients:
         self._waited = waited
         self._group = compat.data_parallel_group(engine)
         self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        parameters = [p for p in engine.module.parameters() if p.requires_grad and p.numel()]
-        buckets = make_buckets(parameters, self._tied(engine.module), bucket_elements)
-        micro_batches = engine.gradient_accumulation_steps
-        self._buckets = OverlappedBuckets(buckets, self._reduce, micro_batches, overlap)
+        self._bucket_elements, self._overlap = bucket_elements, overlap
+        self._table = None
+        if overlap and not self._fp32 and not reducer.options.momentum and hasattr(engine.module, "tied_table"):
+            self._table = engine.module.tied_table(self._begin)
+        self._make_buckets()
         self._hook = MethodHook(engine, "buffered_allreduce_fallback", self._reduce_all)
+
+    def _make_buckets(self) -> None:
+        module = self._engine.module
+        parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
+        if self._splits:  # in the order of a forward pass the head is last
+            parameters = [p for p in parameters if p is not self._table.weight] + [self._table.head]
+        buckets = make_buckets(parameters, self._tied(module), self._bucket_elements)
+        micro_batches = self._engine.gradient_accumulation_steps
+        self._buckets = OverlappedBuckets(buckets, self._reduce, micro_batches, self._overlap)
 
     @staticmethod
     def _tied(module) -> set[Parameter]:
@@ -73,16 +88,38 @@ class StageZeroGradients:
             return method(grads=grads, **options)
         begin = time.perf_counter()
         self._buckets.finish()
-        sparse = [p.grad for bucket in self._buckets.buckets for p in bucket.parameters if _is_row_sparse(p)]
+        parameters = [p for bucket in self._buckets.buckets for p in bucket.parameters]
+        parameters += [self._table.weight] if self._splits else []
+        sparse = [parameter.grad for parameter in parameters if _is_row_sparse(parameter)]
         if sparse:
             method(grads=[SparseTensor(gradient) for gradient in sparse], **options)
             self._reducer.finite &= all(bool(g.coalesce().values().isfinite().all()) for g in sparse)
+        if self._splits:
+            self._table.join()
         self._waited(time.perf_counter() - begin)
+
+    @property
+    def _splits(self) -> bool:
+        return self._table is not None and self._table.head is not None
+
+    def _begin(self, items: int) -> None:
+        """Split the table, if that pays with so many items in a micro-batch. Collective over the replicas."""
+        table, weight = self._table, self._table.weight
+        looked_up = torch.tensor(float(items), device=weight.device)
+        dist.all_reduce(looked_up, op=dist.ReduceOp.MAX, group=self._group)
+        values = float(looked_up) * self._engine.gradient_accumulation_steps() * weight.shape[1]
+        sent = value_bytes(self._reducer.options, self._names[weight], tuple(weight.shape))
+        if rows_pay(weight.numel(), values, dist.get_world_size(self._group), sent):
+            self._names[table.split()] = self._names[weight]
+            self._buckets.close()
+            self._make_buckets()
 
     def close(self) -> None:
         """Leave the engine to DeepSpeed again."""
         self._hook.remove()
         self._buckets.close()
+        if self._table:
+            self._table.close()
 
 
 def _is_row_sparse(parameter: Parameter) -> bool:

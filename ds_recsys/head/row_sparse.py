@@ -131,6 +131,20 @@ def all_reduce_rows(gradient: Tensor, group: dist.ProcessGroup | None = None) ->
     return torch.sparse_coo_tensor(rows[None], values, gradient.shape, check_invariants=False).coalesce()
 
 
+def rows_pay(values: float, looked_up: float, replicas: int, value_bytes: float) -> bool:
+    """Whether a table's gradient had better be summed in two parts: most early, and late the rows that were looked up.
+
+    Rows travel as fp32 to all replicas when nothing covers them. They must take a quarter of the bytes that the whole table
+    would take then.
+
+    Args:
+        values: of the table's gradient.
+        looked_up: values of the rows that a replica looks up in a step, at most.
+        value_bytes: of a value of the table as it is sent.
+    """
+    return 4 * 4 * looked_up * (replicas - 1) < 2 * (replicas - 1) / replicas * value_bytes * values
+
+
 def row_norm_squared(gradient: Tensor) -> Tensor:
     """Sum of squares, fp32 0-d, of a dense or a row-sparse gradient; torch.nn.utils.get_total_norm refuses the latter."""
     values = gradient.coalesce().values() if gradient.is_sparse else gradient

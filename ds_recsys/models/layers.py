@@ -67,7 +67,7 @@ class ItemTable(PipelineLayer):
 
     def __init__(self, builder: "ModelBuilder"):
         super().__init__(builder, [builder.skeleton.embedding_name], [])
-        embedding = self.get_submodule(self.module_names[0])
+        embedding = self.embedding
         embedding.sparse = builder.sparse_table
         self.first_row = 0
         if builder.tensor.size > 1:
@@ -76,8 +76,13 @@ class ItemTable(PipelineLayer):
             if self.first_row:  # the padding row, which gets no gradient from lookups, is on rank 0
                 embedding.padding_idx = None
 
+    @property
+    def embedding(self) -> nn.Embedding:
+        """HF's."""
+        return self.get_submodule(self.module_names[0])
+
     def forward(self, ids: Tensor) -> Tensor:
-        embedding = self.get_submodule(self.module_names[0])
+        embedding = self.embedding
         if self.builder.tensor.size == 1:
             embedded = embedding(ids)
             if embedding.sparse:

@@ -15,7 +15,9 @@ from ds_recsys.head.split import SplitHead
 from ds_recsys.models.layers import Block, ItemTable, PipelineLayer
 from ds_recsys.models.specs import TIED_KEY, ModelBuilder
 from ds_recsys.models.split_head import HeadEntry, stage_rows
+from ds_recsys.models.tied_table import TiedTable
 from ds_recsys.models.weights import Weights
+from ds_recsys.objective import NextItemLoss
 from ds_recsys.topology import ALONE, TensorAxis
 
 
@@ -213,6 +215,16 @@ class RecommenderPipe(PipelineModule):
             axis = TensorAxis(self._grid.get_pipe_parallel_group(), self.num_stages, self.stage_id)
         like = next(self.parameters()).detach()
         return replace(stage_rows(self.builder, self.forward_funcs, like), axis=axis)
+
+    def tied_table(self, begin: Callable[[int], None]) -> TiedTable | None:
+        """To take the gradient of the item table apart with, where this stage has both its ends and the loss asks for `head`.
+
+        Args:
+            begin: as `TiedTable` has it.
+        """
+        tied = self.tied_modules[TIED_KEY] if TIED_KEY in self.tied_modules else None
+        apart = tied is not None and self.num_stages == 1 and not self.sparse_table
+        return TiedTable(self, tied, begin) if apart and isinstance(self.loss_fn, NextItemLoss) else None
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """What the item rows are multiplied with: the hidden states, or HF's transform of them. [..., H] -> [..., E].
