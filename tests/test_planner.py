@@ -122,6 +122,17 @@ def test_a_last_stage_sums_while_the_others_go_on_but_for_a_tied_table():
     assert predict(tied, plan).gradients == pytest.approx(0.1 + between, abs=1e-6)
 
 
+@pytest.mark.parametrize("change, apart", [({}, True), ({"looked_up": 10_000}, False), ({"bucket": None}, False)])
+def test_the_heads_part_of_a_tied_table_leaves_first_and_few_rows_last(change, apart):
+    counts = [_PARAMETERS, *[1] * (_LAYERS - 2), _PARAMETERS + 1]
+    facts = _facts((0, 1, 2, 3), value_seconds=8e-7, tied=_PARAMETERS, looked_up=100, sent={"int8": 1.0})
+    facts = replace(facts, layers={1: tuple(_layer(parameters=count) for count in counts)}, **change)
+    forecast = predict(facts, Plan(1, 4, 1, 16, 1, "int8"))
+    rows = 100 * 16 * 8e-7 * 4 / 2
+    assert forecast.gradients == pytest.approx(rows if apart else 0.2, rel=1e-3)
+    assert forecast.communication == pytest.approx(0.2, rel=1e-3)
+
+
 def test_encoding_is_never_covered():
     facts = _facts(value_seconds=4e-8, processor=5e-9)
     forecast = predict(facts, Plan(1, 4, 1, 16, 1, "int8", "delayed"))

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from ds_recsys.balance.callback import memory_limit
 from ds_recsys.comm.hosts import this_host
+from ds_recsys.comm.reducer import value_bytes
 from ds_recsys.config import Config, zero_stage
 from ds_recsys.config.compression import Compression
 from ds_recsys.config.resolve import ranks
@@ -237,6 +238,7 @@ def _measure(
         )
     strides = sorted({plan.data * plan.tensor for plan in candidates if plan.pipe > 1})
     skeleton = builder.skeleton
+    weight = skeleton.outer[skeleton.table_name]
     table = sum(parameter.numel() for parameter in skeleton.embedding.parameters())
     facts = Facts(
         hosts,
@@ -247,6 +249,8 @@ def _measure(
         optimizer.seconds,
         copy,
         tied=table if skeleton.tied else 0,
+        looked_up=recsys.dataset.max_length * weight.shape[1],
+        sent={block.method: value_bytes(block, skeleton.table_name, tuple(weight.shape)) for block in blocks},
         sparse=table if recsys.head.sparse_gradients is True else 0,
         bucket=recsys.compression.bucket_elements if recsys.compression.overlap else None,
         shares=tuple(recsys.data_shares) if recsys.data_shares else None,

@@ -69,6 +69,8 @@ class Facts:
         transfers: ranks from one stage to the next -> seconds of a message by its bytes.
         optimizer, copy: seconds per parameter of its step, and of copying an fp32 value, on the fastest device.
         tied: parameters of an item table that the first and the last stage share, else 0.
+        looked_up: values of the rows of it that a window looks up, at most.
+        sent: method -> bytes of a value of it as it is sent.
         sparse: parameters whose gradients travel as rows while the mode is "sync".
         bucket: values that a compressed sum takes at once while the backward pass goes on; None waits for its end.
         shares: of the replicas, where the config gives them; else replicas take parts by their speed.
@@ -84,6 +86,8 @@ class Facts:
     optimizer: float = 0.0
     copy: float = 0.0
     tied: int = 0
+    looked_up: int = 0
+    sent: Mapping[str, float] = field(default_factory=dict)
     sparse: int = 0
     bucket: int | None = 1
     shares: tuple[float, ...] | None = None

@@ -4,7 +4,8 @@ A step is (M - 1) max t + sum t over the stages (`ds_recsys.balance.costs.predic
 not cover, the sum of a tied table, and the optimizer. Compute covers what a sum's wire takes: nothing under DeepSpeed's own
 reduction, which begins when all gradients are there; in mode "delayed" a whole step. Compressed gradients leave in buckets
 while the last backward pass goes on, each when it is ready and the link is free: what reaches beyond the pass counts, and
-that is at least the first layers' bucket. What a sum takes of the device itself, to encode, is never covered.
+that is at least the first layers' bucket. A tied table whose head's gradient is summed apart leaves first, and the rows that
+were looked up last, with nothing to cover them. What a sum takes of the device itself, to encode, is never covered.
 
 Where devices are not equally fast, replicas take parts of the micro-batch by their speed, unless the facts give the parts.
 """
@@ -17,6 +18,7 @@ from ds_recsys.balance.costs import LayerCost, Link, PipelineCosts, StageCost
 from ds_recsys.balance.costs import predict as predict_pipeline
 from ds_recsys.balance.partition import partition
 from ds_recsys.data.batches import apportion
+from ds_recsys.head.row_sparse import rows_pay
 from ds_recsys.planner.facts import Facts
 from ds_recsys.planner.plan import Plan
 
@@ -79,7 +81,7 @@ def _predict(facts: Facts, plan: Plan, zero_stage: int) -> Forecast:
     )
     sums, waits = [0.0], [0.0]
     if plan.data > 1:
-        for stage in _summed(facts, plan, costs, bounds):
+        for stage in _summed(facts, plan, costs, bounds, zero_stage):
             sums.append(_sum(facts, plan, zero_stage)[0] * stage.total)
             waits.append(_exposed(facts, plan, zero_stage, stage, whole))
     tied = 0.0
@@ -179,20 +181,22 @@ class _Stage:
         values, passes: of each of its layers, what is summed and the seconds of a backward pass.
         late: values that wait for the other end's gradient of a tied table.
         later: seconds that stages before this one go on with the last micro-batch when this one has ended.
+        rows: values that each replica sends to all others at the end.
     """
 
     values: Sequence[float]
     passes: Sequence[float]
     late: float
     later: float
+    rows: float = 0.0
 
     @property
     def total(self) -> float:
         return sum(self.values) + self.late
 
 
-def _summed(facts: Facts, plan: Plan, costs: PipelineCosts, bounds: Sequence[int]) -> list[_Stage]:
-    """What the data axis sums on each stage; rows of a table are few and count as none."""
+def _summed(facts: Facts, plan: Plan, costs: PipelineCosts, bounds: Sequence[int], zero_stage: int) -> list[_Stage]:
+    """What the data axis sums on each stage; rows of a sampled loss are few and count as none."""
     stages: list[_Stage] = []
     rows = facts.sparse / plan.tensor if plan.mode == "sync" else 0.0
     tied = facts.tied / plan.tensor if plan.pipe > 1 else 0.0
@@ -207,10 +211,23 @@ def _summed(facts: Facts, plan: Plan, costs: PipelineCosts, bounds: Sequence[int
             values[table] = max(0.0, values[table] - rows)
             late = min(values[table], max(0.0, tied - rows))
             values[table] -= late
+        looked_up = _looked_up(facts, plan, zero_stage)
+        if looked_up:  # one stage, whose first layer is the table
+            values[-1] += facts.tied / plan.tensor
+            values[0] -= facts.tied / plan.tensor
         passes = [costs.stages[number].slowdown * layer.backward for layer in mine]
-        stages.append(_Stage(values, passes, late, later))
+        stages.append(_Stage(values, passes, late, later, looked_up))
         later += sum(passes)
     return stages
+
+
+def _looked_up(facts: Facts, plan: Plan, zero_stage: int) -> float:
+    """Values of the rows that a replica looks up, where the gradient of a tied table is summed in two parts; else 0."""
+    early = plan.mode == "sync" and plan.method != "none" and not zero_stage and facts.bucket is not None
+    if plan.pipe > 1 or not early or not facts.tied or facts.sparse:
+        return 0.0
+    looked_up = facts.looked_up * plan.micro_batch * plan.micro_batches
+    return looked_up if rows_pay(facts.tied / plan.tensor, looked_up, plan.data, facts.sent[plan.method]) else 0.0
 
 
 def _exposed(facts: Facts, plan: Plan, zero_stage: int, stage: _Stage, step: float) -> float:
@@ -231,4 +248,6 @@ def _exposed(facts: Facts, plan: Plan, zero_stage: int, stage: _Stage, step: flo
     free = max(free, now) + wire * waiting
     if stage.late:
         free = max(free, end) + wire * stage.late
+    if stage.rows:  # a ring's sum of N ranks sends 2 (N - 1) / N of a value, this N - 1
+        free = max(free, end) + facts.sums[plan.data, plan.tensor]["none"].seconds * stage.rows * plan.data / 2
     return encoding + max(0.0, free - end)
