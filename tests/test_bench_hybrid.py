@@ -100,6 +100,7 @@ def test_what_is_switched_off_is_what_the_plan_uses():
     spec = SimpleNamespace(hosts=[SimpleNamespace(speeds=(0.4, 0.4))] * 2)
     # its replicas share a host: nothing is summed across
     assert set(hybrid_ablation.without(PLAN, spec)) == {"compression", "overlap", "measured cut", "grid", "fused AdamW"}
+    assert "early head" in hybrid_ablation.without({**PLAN, "recsys.pipe": 1}, spec)
     late = {**PLAN, "recsys.pipe": 1, "recsys.data": 4, "recsys.data_parallel.mode": "delayed"}
     assert set(hybrid_ablation.without(late, spec)) == {"compression", "delay", "sums within hosts", "fused AdamW"}
     uneven = hybrid_ablation.without({**late, "recsys.data_shares": [5, 5, 5, 1]}, spec)

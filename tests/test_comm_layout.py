@@ -6,7 +6,7 @@ import pytest
 
 from ds_recsys.comm.compressors.base import Compressor
 from ds_recsys.comm.compressors.dense import Float32
-from ds_recsys.comm.layout import Segment, plan, plan_owned
+from ds_recsys.comm.layout import Segment, bucket_lengths, plan, plan_owned
 
 
 class Blocks(Compressor):
@@ -133,3 +133,17 @@ def test_owned_ranges_come_with_their_whole_blocks(seed):
 def test_an_owner_that_wants_nothing_gets_nothing():
     chunks = plan_owned(segments_of([64], Blocks(16)), [[(0, 64)], []], 40)
     assert [len(chunk.parts[1]) for chunk in chunks] == [0] * len(chunks) and len(chunks) == 2
+
+
+@pytest.mark.parametrize(
+    "counts, elements, expected",
+    [
+        ([10] * 8, 40, [1, 2, 4, 1]),
+        ([40] * 3, 40, [1, 1, 1]),
+        ([3, 3, 3, 40, 5], 40, [4, 1]),
+        ([1, 1], 40, [2]),
+        ([], 40, []),
+    ],
+)
+def test_the_bucket_that_is_summed_last_is_small(counts, elements, expected):
+    assert bucket_lengths(counts, elements) == expected

@@ -34,8 +34,8 @@ def _train(folder, name, values, resume=False):
     weights = {name: parameter.detach().clone() for name, parameter in trainer.pipe.hf_named_parameters()}
     if compression:
         table, buckets = compression._adapter._table, compression._adapter._buckets.buckets
-        split = table.head is not None
-        first = buckets[0].parameters[0] is table.head
+        split = table is not None and table.head is not None
+        first = split and buckets[0].parameters[0] is table.head
         compression.close()
         assert not trainer.pipe.tied_modules["item_table"].embedding.sparse
     return {"split": split, "first": first, "weights": weights, "names": list(dict(trainer.pipe.named_parameters()))}
@@ -79,8 +79,9 @@ def test_replicas_stay_equal_and_a_resumed_run_goes_on(folder):
         assert torch.equal(weight, cut[0]["weights"][key]), key
 
 
-def test_a_small_table_stays_whole(folder):
-    result = run_on_grid(_train, 2, folder=folder, name="small", values=_config(items=0, method="int8", min_elements=1))
+@pytest.mark.parametrize("change", [{"items": 0}, {"early_head": False}, {"overlap": False}], ids=str)
+def test_a_table_that_is_small_or_may_not_be_split_stays_whole(folder, change):
+    result = run_on_grid(_train, 2, folder=folder, name="w", values=_config(**change, method="int8", min_elements=1))
     assert not any(one["split"] for one in result)
 
 

@@ -95,9 +95,10 @@ def test_a_sum_costs_what_compute_does_not_cover(method, mode, covered):
     "int8_seconds, bucket, exposed",
     [
         (0.8, 1, 0.1),  # the first layer's gradient is final with the backward pass
-        (0.8, 2_000_000, 0.2),
-        (0.8, 3_000_000, 6 * 0.32 / 3 + 0.3 + 0.2 - 8 * 0.32 / 3),  # of three, three and two layers
-        (0.8, 8_000_000, 0.8),
+        (0.8, 2_000_000, 6 * 0.32 / 3 + 0.2 + 0.1 + 0.1 - 8 * 0.32 / 3),  # of two, two, two, one and one
+        (0.8, 3_000_000, 5 * 0.32 / 3 + 0.3 + 0.2 + 0.1 - 8 * 0.32 / 3),  # of two, three, two layers and one
+        (0.8, 8_000_000, 6 * 0.32 / 3 + 0.4 + 0.2 - 8 * 0.32 / 3),  # of two, four and two
+        (0.8, 64_000_000, 0.8),
         (0.8, None, 0.8),
         (1.6, 1, 1.6 - 7 / 8 * 1.28 * 2 / 3),  # the link is never free once the last layer is done
     ],

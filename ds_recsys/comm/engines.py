@@ -92,7 +92,7 @@ class GradientCompression:
             self._adapter = ZeroGradients(engine, self.reducer, backend)
         else:
             self._adapter = StageZeroGradients(
-                engine, self.reducer, backend, options.bucket_elements, options.overlap, self._waited
+                engine, self.reducer, backend, self._waited
             )
         self._follow_loss_scale()
         # torch's optimizers do not look for overflows; DeepSpeed's do, on all ranks together

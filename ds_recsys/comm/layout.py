@@ -9,6 +9,7 @@ from itertools import accumulate
 from ds_recsys.comm.compressors.base import Compressor
 
 _UNITS = 1_000_000  # that owners' shares are rounded to: integers cut alike on all ranks
+_SMALLER = 4  # times, is the bucket that is summed last
 _MANY, _SMALL = 12, 32_768  # chunks, of so many bytes at least, where owners are unlike
 
 
@@ -76,6 +77,22 @@ class Chunk:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         return tuple(sum(part.padded_bytes for part in parts) for parts in self.parts)
+
+
+def bucket_lengths(counts: Sequence[float], elements: int) -> list[int]:
+    """How many of the tensors with these numbers of values, in the order of a forward pass, go into each bucket.
+
+    The first bucket is summed last, with nothing left to cover it: it has a quarter of `elements` values at least, the next a
+    half, all others `elements`, or what is left.
+    """
+    lengths: list[int] = []
+    least, size, length = elements / _SMALLER, 0.0, 0
+    for count in counts:
+        size, length = size + count, length + 1
+        if size >= least:
+            lengths.append(length)
+            least, size, length = min(elements, 2 * least), 0.0, 0
+    return lengths + [length] if length else lengths
 
 
 def plan(segments, owners: int, chunk_bytes: int, shares: Sequence[float] | None = None) -> list[Chunk]:

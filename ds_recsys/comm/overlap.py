@@ -8,6 +8,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.nn import Parameter
 
+from ds_recsys.comm.layout import bucket_lengths
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -18,20 +20,17 @@ class Bucket:
 
 
 def make_buckets(parameters: Sequence[Parameter], late: set[Parameter], elements: int) -> list[Bucket]:
-    """Cut the parameters, last first as a backward pass meets them, into buckets of at least `elements` values.
+    """Cut the parameters, last first as a backward pass meets them, into buckets of `elements` values: see `bucket_lengths`.
 
     Those in `late` (tied weights, which other stages contribute to) come in buckets of their own at the end.
     """
     buckets: list[Bucket] = []
     for early in (True, False):
         for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
-            chosen = [p for p in reversed(parameters) if p.dtype == dtype and (p not in late) == early]
-            while chosen:
-                size = count = 0
-                while count < len(chosen) and size < elements:
-                    size, count = size + chosen[count].numel(), count + 1
-                buckets.append(Bucket(tuple(chosen[:count]), early))
-                chosen = chosen[count:]
+            chosen = [p for p in parameters if p.dtype == dtype and (p not in late) == early]
+            for length in reversed(bucket_lengths([p.numel() for p in chosen], elements)):
+                buckets.append(Bucket(tuple(reversed(chosen[-length:])), early))
+                del chosen[-length:]
     return buckets
 
 

@@ -34,10 +34,10 @@ class StageZeroGradients:
         engine,
         reducer: Reducer,
         backend: GradientBackend,
-        bucket_elements: int,
-        overlap: bool,
         waited: Callable[[float], None],
     ):
+        options = reducer.options
+        overlap = options.overlap
         self._engine, self._reducer, self._backend = engine, reducer, backend
         self._fp32 = compat.fp32_gradients(engine.optimizer) if hasattr(engine.optimizer, "bf16_groups") else {}
         if self._fp32:  # accumulated in hooks, or only after the backward pass
@@ -46,10 +46,11 @@ class StageZeroGradients:
         self._waited = waited
         self._group = compat.data_parallel_group(engine)
         self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        self._bucket_elements, self._overlap = bucket_elements, overlap
+        self._bucket_elements, self._overlap = options.bucket_elements, overlap
         self._table = None
-        if overlap and not self._fp32 and not reducer.options.momentum and hasattr(engine.module, "tied_table"):
-            self._table = engine.module.tied_table(self._begin)
+        # the rows would miss what a momentum of the compressed gradients keeps
+        if options.early_head and overlap and not self._fp32 and not options.momentum:
+            self._table = engine.module.tied_table(self._begin) if hasattr(engine.module, "tied_table") else None
         self._make_buckets()
         self._hook = MethodHook(engine, "buffered_allreduce_fallback", self._reduce_all)
 

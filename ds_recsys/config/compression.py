@@ -42,8 +42,13 @@ class Compression(Block):
         description="Reduce a bucket of gradients while the backward pass computes the next; in stage 0 and pipelines, "
         "with bf16 unless `immediate_grad_update` is false.",
     )
+    early_head: bool = Field(
+        True,
+        description="Sum what the head adds to the gradient of a tied item table first, while the backward pass goes on, and "
+        "the rows that were looked up at its end, where these are few; with `overlap`, one stage and stage 0.",
+    )
     bucket_elements: Positive = Field(
-        1_000_000, description="Least number of gradient values that are reduced at once."
+        1_000_000, description="Least number of gradient values that are reduced at once; of those that come last, a quarter and a half."
     )
     hierarchical: bool | Auto = Field(
         "auto",

@@ -249,7 +249,7 @@ def _measure(
         optimizer.seconds,
         copy,
         tied=table if skeleton.tied else 0,
-        looked_up=recsys.dataset.max_length * weight.shape[1],
+        looked_up=recsys.dataset.max_length * weight.shape[1] if recsys.compression.early_head else 0,
         sent={block.method: value_bytes(block, skeleton.table_name, tuple(weight.shape)) for block in blocks},
         sparse=table if recsys.head.sparse_gradients is True else 0,
         bucket=recsys.compression.bucket_elements if recsys.compression.overlap else None,

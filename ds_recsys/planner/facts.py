@@ -69,7 +69,7 @@ class Facts:
         transfers: ranks from one stage to the next -> seconds of a message by its bytes.
         optimizer, copy: seconds per parameter of its step, and of copying an fp32 value, on the fastest device.
         tied: parameters of an item table that the first and the last stage share, else 0.
-        looked_up: values of the rows of it that a window looks up, at most.
+        looked_up: values of the rows of it that a window looks up, at most; 0 where they may not be summed apart.
         sent: method -> bytes of a value of it as it is sent.
         sparse: parameters whose gradients travel as rows while the mode is "sync".
         bucket: values that a compressed sum takes at once while the backward pass goes on; None waits for its end.

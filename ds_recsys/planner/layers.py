@@ -25,7 +25,7 @@ from ds_recsys.topology import Grid
 
 _BLOCKS = 2
 _ITEMS = 200_000  # most that are tried; a full softmax over more takes longer in proportion
-_SECONDS = 2.5  # spent on a size of micro-batch at least, by each rank: a tenth of a second is the grain of a CPU quota
+_SECONDS = 2.5  # spent on a size of micro-batch at least, by each rank; what other processes take from it averages out
 _REPEATS = 3  # of an optimizer step and of a copy
 _ALIKE = 1.15  # devices that differ by less are taken to be equal
 

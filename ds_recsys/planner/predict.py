@@ -17,6 +17,7 @@ from itertools import pairwise
 from ds_recsys.balance.costs import LayerCost, Link, PipelineCosts, StageCost
 from ds_recsys.balance.costs import predict as predict_pipeline
 from ds_recsys.balance.partition import partition
+from ds_recsys.comm.layout import bucket_lengths
 from ds_recsys.data.batches import apportion
 from ds_recsys.head.row_sparse import rows_pay
 from ds_recsys.planner.facts import Facts
@@ -224,7 +225,7 @@ def _summed(facts: Facts, plan: Plan, costs: PipelineCosts, bounds: Sequence[int
 def _looked_up(facts: Facts, plan: Plan, zero_stage: int) -> float:
     """Values of the rows that a replica looks up, where the gradient of a tied table is summed in two parts; else 0."""
     early = plan.mode == "sync" and plan.method != "none" and not zero_stage and facts.bucket is not None
-    if plan.pipe > 1 or not early or not facts.tied or facts.sparse:
+    if plan.pipe > 1 or not early or not facts.tied or facts.sparse or not facts.looked_up:
         return 0.0
     looked_up = facts.looked_up * plan.micro_batch * plan.micro_batches
     return looked_up if rows_pay(facts.tied / plan.tensor, looked_up, plan.data, facts.sent[plan.method]) else 0.0
@@ -239,13 +240,14 @@ def _exposed(facts: Facts, plan: Plan, zero_stage: int, stage: _Stage, step: flo
         return encoding + max(0.0, wire * stage.total - step)
     if plan.method == "none" or zero_stage or facts.bucket is None:
         return encoding + wire * stage.total
-    now = free = waiting = 0.0
-    for values, seconds in reversed(list(zip(stage.values, stage.passes, strict=True))):
-        now, waiting = now + seconds, waiting + values
-        if waiting >= facts.bucket:
-            free, waiting = max(free, now) + wire * waiting, 0.0
+    now = free = 0.0
+    stop = len(stage.values)
+    for length in reversed(bucket_lengths(stage.values, facts.bucket)):
+        start = stop - length
+        now += sum(stage.passes[start:stop])
+        free = max(free, now) + wire * sum(stage.values[start:stop])
+        stop = start
     end = now + stage.later  # of the backward pass of all stages
-    free = max(free, now) + wire * waiting
     if stage.late:
         free = max(free, end) + wire * stage.late
     if stage.rows:  # a ring's sum of N ranks sends 2 (N - 1) / N of a value, this N - 1

@@ -81,6 +81,8 @@ def without(values: dict, spec) -> dict[str, dict]:
         found["delay"] = {"recsys.data_parallel.mode": "sync", "recsys.data_parallel.look_ahead": False}
     elif compressed:
         found["overlap"] = {"recsys.compression.overlap": False}
+        if pipe == 1:
+            found["early head"] = {"recsys.compression.early_head": False}
     if compressed and replicas * values["recsys.tensor"] > max(len(host.speeds) for host in spec.hosts):
         if any(len(host.speeds) > 1 for host in spec.hosts):
             found["sums within hosts"] = {"recsys.compression.hierarchical": False}
