@@ -229,12 +229,11 @@ def test_a_slow_host_gets_fewer_layers():
 
 
 def test_a_slow_replica_gets_fewer_windows():
-    facts = _facts((0, 1, 2, 3), slowdowns=(1.0, 1.0, 1.0, 2.0), optimizer=1e-8)
+    facts = _facts((0, 1, 2, 3), slowdowns=(1.0, 1.0, 1.0, 2.0))
     plan = Plan(1, 4, 1, 16, 1)
     forecast, equal = predict(facts, plan), predict(replace(facts, shares=(1, 1, 1, 1)), plan)
     assert sorted(forecast.plan.shares) == [9, 18, 18, 19] and forecast.plan.shares[3] == 9
     assert forecast.compute == pytest.approx(1.28 * 19 / 16) and equal.compute == pytest.approx(2 * 1.28)
-    assert forecast.optimizer == pytest.approx(equal.optimizer) == 2 * 1e-8 * _LAYERS * _PARAMETERS
     assert forecast.plan.values()["recsys.data_shares"] == list(forecast.plan.shares)
     assert "1 micro-batches of " + "/".join(map(str, forecast.plan.shares)) in str(forecast.plan)
     # every replica is as slow as its slowest stage, and where all are alike nothing is dealt out
@@ -245,6 +244,20 @@ def test_a_slow_replica_gets_fewer_windows():
     assert "recsys.data_shares" not in plan.values()
     chosen = _chosen(facts)
     assert chosen.data == 4 and chosen.shares[3] < chosen.shares[0]
+
+
+def test_a_slow_replica_gets_fewer_still_where_a_step_takes_what_no_window_does():
+    facts = _facts((0, 1, 2, 3), slowdowns=(1.0, 1.0, 1.0, 2.0), optimizer=4e-8)  # as long as 4 windows
+    plan = Plan(1, 4, 1, 16, 1)
+    forecast, equal = predict(facts, plan), predict(replace(facts, shares=(1, 1, 1, 1)), plan)
+    assert forecast.plan.shares == (19, 19, 19, 7)
+    assert forecast.compute + forecast.optimizer == pytest.approx((19 + 4) * 0.08)  # the slow one: 2 x (7 + 4) x 0.08
+    assert equal.compute + equal.optimizer == pytest.approx(2 * (16 + 4) * 0.08)
+    encoding = _facts((0, 1, 2, 3), slowdowns=(1.0, 1.0, 1.0, 2.0), value_seconds=2e-6, processor=4e-8)
+    assert predict(encoding, replace(plan, method="int8")).plan.shares == (19, 19, 19, 7)
+    assert predict(encoding, plan).plan.shares != (19, 19, 19, 7)  # which encodes nothing
+    lost = replace(facts, optimizer=4e-7)
+    assert predict(lost, plan).plan.shares[3] == 1
 
 
 def _slowest_link(shares, rates) -> float:

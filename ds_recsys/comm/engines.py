@@ -86,14 +86,12 @@ class GradientCompression:
         from ds_recsys.comm.stage_zero import StageZeroGradients
         from ds_recsys.comm.zero_stages import ZeroGradients
 
-        engine, options = self.engine, self.options
+        engine = self.engine
         backend = GradientBackend.install()
         if engine.zero_optimization_stage() and not hasattr(engine.optimizer, "bf16_groups"):
             self._adapter = ZeroGradients(engine, self.reducer, backend)
         else:
-            self._adapter = StageZeroGradients(
-                engine, self.reducer, backend, self._waited
-            )
+            self._adapter = StageZeroGradients(engine, self.reducer, backend, self._waited)
         self._follow_loss_scale()
         # torch's optimizers do not look for overflows; DeepSpeed's do, on all ranks together
         self._unguarded = not hasattr(engine.optimizer, "overflow")

@@ -48,7 +48,8 @@ class Compression(Block):
         "the rows that were looked up at its end, where these are few; with `overlap`, one stage and stage 0.",
     )
     bucket_elements: Positive = Field(
-        1_000_000, description="Least number of gradient values that are reduced at once; of those that come last, a quarter and a half."
+        1_000_000,
+        description="Least number of gradient values that are reduced at once; of those that come last, a quarter and a half.",
     )
     hierarchical: bool | Auto = Field(
         "auto",

@@ -44,7 +44,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class SumFacts:
-    """A sum over the replicas, per value: seconds in all, and those in which the device cannot compute.
+    """A sum over the replicas, per value: seconds in all, and those in which the fastest device cannot compute.
 
     Attributes:
         owners: the replicas' parts of it with which it was measured; empty for equal parts.

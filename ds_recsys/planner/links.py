@@ -32,8 +32,8 @@ def measure_sums(
 
     Args:
         options: one block for each method.
-        pace: seconds of the device in which one of the process's processor seconds passes; 0 on an accelerator, which
-            goes on computing while gradients are encoded.
+        pace: seconds of the fastest device in which one of the process's processor seconds passes; 0 on an accelerator,
+            which goes on computing while gradients are encoded.
         owners: parts in which replicas might sum what is compressed, beside equal ones.
         width: of the square matrices that the values make up, the model's hidden size: PowerSGD's costs depend on it.
     """

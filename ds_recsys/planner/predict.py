@@ -7,7 +7,8 @@ while the last backward pass goes on, each when it is ready and the link is free
 that is at least the first layers' bucket. A tied table whose head's gradient is summed apart leaves first, and the rows that
 were looked up last, with nothing to cover them. What a sum takes of the device itself, to encode, is never covered.
 
-Where devices are not equally fast, replicas take parts of the micro-batch by their speed, unless the facts give the parts.
+Where devices are not equally fast, replicas take such parts of the micro-batch that all are done at once, with what does not
+depend on them (the optimizer, to encode), unless the facts give the parts.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from ds_recsys.planner.plan import Plan
 
 _FP32 = 4
 _STATE = 2 * _FP32  # of Adam, of error feedback, and of what mode "delayed" keeps: bytes per parameter
+_NEXT_TO_NONE = 1e-6
 _AHEAD = 9  # copies that looking ahead takes beside an optimizer step: of all it takes back, and of the gradient
 
 
@@ -58,7 +60,7 @@ def predict(facts: Facts, plan: Plan, zero_stage: int = 0) -> Forecast:
         UserError: no cut fits in memory, or there are fewer layers than stages.
         KeyError: the facts do not cover the plan.
     """
-    plan = replace(plan, shares=_shares(facts, plan))
+    plan = replace(plan, shares=_shares(facts, plan, zero_stage))
     if plan.data == 1:
         return _predict(facts, plan, zero_stage)
     grid, cost = (plan.data, plan.tensor), facts.sums[plan.data, plan.tensor][plan.method]
@@ -98,7 +100,7 @@ def _predict(facts: Facts, plan: Plan, zero_stage: int) -> Forecast:
     )
 
 
-def _shares(facts: Facts, plan: Plan) -> tuple[int, ...]:
+def _shares(facts: Facts, plan: Plan, zero_stage: int) -> tuple[int, ...]:
     """Windows of each replica in a micro-batch of all; empty for equal parts."""
     total, slow = plan.micro_batch * plan.data, _replica_slowdowns(facts, plan)
     if facts.shares:
@@ -106,8 +108,41 @@ def _shares(facts: Facts, plan: Plan) -> tuple[int, ...]:
     paces = [max(stage[replica] for stage in slow) for replica in range(plan.data)]
     if plan.mode not in ("sync", "delayed") or len(set(paces)) == 1:
         return ()
-    parts = tuple(apportion([1 / pace for pace in paces], total))
+    window, fixed = _device_seconds(facts, plan, zero_stage)
+    end = (total * window + plan.data * fixed) / sum(1 / pace for pace in paces)
+    # less than nothing for one that would not be done by then with no window at all
+    parts = tuple(apportion([max((end / pace - fixed) / window, _NEXT_TO_NONE) for pace in paces], total))
     return parts if len(set(parts)) > 1 else ()
+
+
+def _device_seconds(facts: Facts, plan: Plan, zero_stage: int) -> tuple[float, float]:
+    """Of the fastest device in a step, mean over the stages: for each window of a micro-batch, and besides."""
+    layers, share = facts.layers[plan.tensor], 1 / (plan.tensor * plan.pipe)
+    passes = [line for layer in layers for line in (layer.forward, layer.backward)]
+    parameters = sum(layer.parameters for layer in layers) - (facts.tied if plan.pipe == 1 else 0)
+    each = _optimizer(facts, plan, zero_stage) + (_sum(facts, plan, zero_stage)[1] if plan.data > 1 else 0.0)
+    window, fixed = (
+        plan.micro_batches / plan.pipe * sum(getattr(line, part) for line in passes) for part in ("each", "fixed")
+    )
+    return window, fixed + each * parameters * share
+
+
+def _optimizer(facts: Facts, plan: Plan, zero_stage: int) -> float:
+    """Seconds per parameter of the fastest device."""
+    return (facts.optimizer + plan.look_ahead * (facts.optimizer + _AHEAD * facts.copy)) / (
+        plan.data if zero_stage else 1
+    )
+
+
+def _last_replicas(facts: Facts, plan: Plan, zero_stage: int) -> list[tuple[float, float]]:
+    """(slowdown, slowdown x its part of the mean micro-batch) of the replica that is done last, by stage."""
+    shares = plan.shares or (plan.micro_batch,) * plan.data
+    window, fixed = _device_seconds(facts, plan, zero_stage)
+    found = []
+    for paces in _replica_slowdowns(facts, plan):
+        pace, share = max(zip(paces, shares, strict=True), key=lambda one: one[0] * (window * one[1] + fixed))
+        found.append((pace, pace * share / plan.micro_batch))
+    return found
 
 
 def _replica_slowdowns(facts: Facts, plan: Plan) -> list[list[float]]:
@@ -125,13 +160,10 @@ def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
     extra = _STATE * (1 + (plan.method != "none") + (plan.mode == "delayed") + 2.5 * plan.look_ahead)
     shards = plan.data if zero_stage else 1
     seconds = _sum(facts, plan, zero_stage)[0] if plan.data > 1 else 0.0
-    optimizer = facts.optimizer + plan.look_ahead * (facts.optimizer + _AHEAD * facts.copy)
+    optimizer = _optimizer(facts, plan, zero_stage)
     ranks = plan.data * plan.tensor
     of_stage = [range(stage * ranks, (stage + 1) * ranks) for stage in range(plan.pipe)]
     shares = plan.shares or (plan.micro_batch,) * plan.data
-    slow = _replica_slowdowns(facts, plan)
-    # of the mean micro-batch on the fastest device
-    loads = [max(pace * share / plan.micro_batch for pace, share in zip(stage, shares, strict=True)) for stage in slow]
     first = len(layers) - facts.tail + 1
     return PipelineCosts(
         layers=[
@@ -152,9 +184,9 @@ def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
                 slowdown=load,
                 memory_limit=facts.memory_limit,
                 reduction=seconds / _FP32,
-                optimizer=max(paces) / load * optimizer / _FP32 / shards,
+                optimizer=pace / load * optimizer / _FP32,
             )
-            for load, paces in zip(loads, slow, strict=True)
+            for pace, load in _last_replicas(facts, plan, zero_stage)
         ],
         links=[_link(facts, ranks, inside[-1], inside[-1] + 1) for inside in of_stage[:-1]],
     )
@@ -166,7 +198,7 @@ def _link(facts: Facts, stride: int, one: int, other: int) -> Link:
 
 
 def _sum(facts: Facts, plan: Plan, zero_stage: int) -> tuple[float, float]:
-    """(seconds, those of the device) per value of a plan's sum; ZeRO sums to the owners and gathers fp32 weights."""
+    """(seconds, those of the fastest device) per value of a plan's sum; ZeRO sums to the owners and gathers fp32 weights."""
     costs = facts.sums[plan.data, plan.tensor]
     cost, dense = costs[plan.method], costs["none"]
     if not zero_stage:
@@ -182,6 +214,7 @@ class _Stage:
         values, passes: of each of its layers, what is summed and the seconds of a backward pass.
         late: values that wait for the other end's gradient of a tied table.
         later: seconds that stages before this one go on with the last micro-batch when this one has ended.
+        pace: slowdown of the device that is done last.
         rows: values that each replica sends to all others at the end.
     """
 
@@ -189,7 +222,8 @@ class _Stage:
     passes: Sequence[float]
     late: float
     later: float
-    rows: float = 0.0
+    pace: float
+    rows: float
 
     @property
     def total(self) -> float:
@@ -202,6 +236,7 @@ def _summed(facts: Facts, plan: Plan, costs: PipelineCosts, bounds: Sequence[int
     rows = facts.sparse / plan.tensor if plan.mode == "sync" else 0.0
     tied = facts.tied / plan.tensor if plan.pipe > 1 else 0.0
     later = 0.0
+    last = _last_replicas(facts, plan, zero_stage)
     for number, (start, stop) in enumerate(pairwise(bounds)):
         mine = costs.layers[start:stop]
         values = [layer.trainable_bytes / _FP32 for layer in mine]
@@ -217,7 +252,7 @@ def _summed(facts: Facts, plan: Plan, costs: PipelineCosts, bounds: Sequence[int
             values[-1] += facts.tied / plan.tensor
             values[0] -= facts.tied / plan.tensor
         passes = [costs.stages[number].slowdown * layer.backward for layer in mine]
-        stages.append(_Stage(values, passes, late, later, looked_up))
+        stages.append(_Stage(values, passes, late, later, last[number][0], looked_up))
         later += sum(passes)
     return stages
 
@@ -234,7 +269,7 @@ def _looked_up(facts: Facts, plan: Plan, zero_stage: int) -> float:
 def _exposed(facts: Facts, plan: Plan, zero_stage: int, stage: _Stage, step: float) -> float:
     """Seconds that a stage's sums add to a step, in which the whole pipeline takes `step`."""
     seconds, processor = _sum(facts, plan, zero_stage)
-    processor = min(processor, seconds)
+    processor = min(stage.pace * processor, seconds)
     wire, encoding = seconds - processor, processor * stage.total
     if plan.mode != "sync":
         return encoding + max(0.0, wire * stage.total - step)
