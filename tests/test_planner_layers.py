@@ -18,3 +18,10 @@ def test_an_optimizer_is_measured_with_what_its_step_reads_and_changes_no_weight
     assert all(torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
     assert all(parameter.grad.all() for parameter in parameters), "zeros would be read from one page"
     assert (len(norms) > 1) == clips
+
+
+def test_looking_ahead_is_measured_and_changes_no_weight():
+    parameters = [nn.Parameter(torch.randn(64, 64))]
+    before = parameters[0].detach().clone()
+    assert layers._ahead_seconds(parameters, {}, True) > 0
+    assert torch.equal(parameters[0], before)

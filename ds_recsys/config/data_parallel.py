@@ -32,8 +32,8 @@ class DataParallel(Block):
     look_ahead: bool = Field(
         False,
         description="delayed: compute a step's gradients at the weights that the replica's own part of the average under way "
-        "leads to, which undoes most of what a late average costs; it takes a second optimizer step and five copies of the "
-        "weights.",
+        "leads to, which undoes most of what a late average costs; it takes a second optimizer step, or of torch's "
+        "AdamW on CPUs its weights alone, and two to four copies of the weights.",
     )
     outer_lr: float = Field(0.7, gt=0, description="diloco: learning rate of the outer optimizer.")
     outer_momentum: float = Field(0.9, ge=0, lt=1, description="diloco: its Nesterov momentum.")

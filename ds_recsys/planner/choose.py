@@ -204,7 +204,8 @@ def _measure(
     fused = open_keys.adam and config.deepspeed["optimizer"]["params"].get("torch_adam") is True
     fused = fused and recsys.head.sparse_gradients is not True
     clips = config.deepspeed.get("gradient_clipping", 1.0) > 0  # as DeepSpeed has it
-    kinds, unsplit, slowdowns, pace, copy, optimizer = {}, {}, (1.0,) * len(hosts), 0.0, 0.0, _Optimizer(0.0, None)
+    kinds, unsplit, slowdowns, pace, copy, ahead = {}, {}, (1.0,) * len(hosts), 0.0, 0.0, 0.0
+    optimizer = _Optimizer(0.0, None)
     for tensor in sorted({plan.tensor for plan in candidates}):
         _tell(f"layers, tensor {tensor}")
         try:
@@ -220,7 +221,7 @@ def _measure(
             pace /= slowdowns[dist.get_rank()]
             other = min(one.fused for one in everyone) if fused else None
             optimizer = _Optimizer(min(one.optimizer for one in everyone), other)
-            copy = min(one.copy for one in everyone)
+            copy, ahead = min(one.copy for one in everyone), min(one.ahead for one in everyone)
         kinds[tensor] = layers.on_fastest(everyone, slowdowns, tensor)
     sums = {}
     candidates = [plan for plan in candidates if plan.tensor in kinds]
@@ -249,6 +250,7 @@ def _measure(
         {stride: links.measure_transfers(stride) for stride in strides},
         optimizer.seconds,
         copy,
+        ahead,
         tied=table if skeleton.tied else 0,
         looked_up=recsys.dataset.max_length * weight.shape[1] if recsys.compression.early_head else 0,
         sent={block.method: value_bytes(block, skeleton.table_name, tuple(weight.shape)) for block in blocks},

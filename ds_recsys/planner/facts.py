@@ -67,7 +67,8 @@ class Facts:
         layers: tensor size -> the pipeline's layers in order.
         sums: (data size, tensor size) -> method -> cost of a sum over the data axis that such a grid has.
         transfers: ranks from one stage to the next -> seconds of a message by its bytes.
-        optimizer, copy: seconds per parameter of its step, and of copying an fp32 value, on the fastest device.
+        optimizer, copy, ahead: seconds per parameter of its step, of copying an fp32 value, and of looking ahead, on the
+            fastest device.
         tied: parameters of an item table that the first and the last stage share, else 0.
         looked_up: values of the rows of it that a window looks up, at most; 0 where they may not be summed apart.
         sent: method -> bytes of a value of it as it is sent.
@@ -85,6 +86,7 @@ class Facts:
     transfers: Mapping[int, Line] = field(default_factory=dict)
     optimizer: float = 0.0
     copy: float = 0.0
+    ahead: float = 0.0
     tied: int = 0
     looked_up: int = 0
     sent: Mapping[str, float] = field(default_factory=dict)

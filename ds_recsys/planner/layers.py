@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean, median
 
 import torch
@@ -13,6 +14,8 @@ from transformers import PreTrainedConfig
 
 from ds_recsys.assemble import build_pipe
 from ds_recsys.balance.layer_sample import LayerProfile, LayerSamples
+from ds_recsys.comm.modes.flat import FlatParameters
+from ds_recsys.comm.modes.look_ahead import LookAhead
 from ds_recsys.config.schema import Recsys
 from ds_recsys.data import TrainBatches
 from ds_recsys.data.batches import IGNORE
@@ -41,6 +44,7 @@ class Measured:
         optimizer, fused: seconds per parameter of AdamW as the config has it, and of its fused form where that was asked for,
             each with what clips gradients.
         copy: seconds per parameter to copy the gradients.
+        ahead: seconds per parameter of looking ahead and back, clipping included.
     """
 
     kinds: dict[str, LayerFacts]
@@ -48,6 +52,7 @@ class Measured:
     processor_seconds: float
     optimizer: float
     copy: float
+    ahead: float
     fused: float | None = None
 
 
@@ -93,7 +98,8 @@ def measure(
     parameters = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
     optimizer = _optimizer_seconds(parameters, adamw, clips)
     other = _optimizer_seconds(parameters, {**adamw, "fused": True}, clips) if fused else None
-    return Measured(kinds, seconds, processor, optimizer, _copy_seconds(parameters), other)
+    ahead = _ahead_seconds(parameters, {**adamw, "fused": True} if fused else adamw, clips)
+    return Measured(kinds, seconds, processor, optimizer, _copy_seconds(parameters), ahead, other)
 
 
 def _micro_batches(windows, recsys: Recsys, size: int, items: int) -> list:
@@ -193,16 +199,38 @@ def _mean(facts: list[LayerFacts]) -> LayerFacts:
 
 def _optimizer_seconds(parameters: list[Parameter], adamw: dict, clips: bool) -> float:
     """Seconds per parameter of a step of torch's AdamW, and of clipping before it; the weights stay as they are."""
-    for parameter in parameters:
-        parameter.grad = torch.full_like(parameter, 1e-3)  # zeros would all be read from one page of memory
-    optimizer = torch.optim.AdamW(parameters, **{**adamw, "lr": 0.0, "weight_decay": 0.0})
+    optimizer = _optimizer(parameters, adamw)
 
     def step() -> None:
         if clips:
-            nn.utils.clip_grad_norm_(parameters, max_norm=1e9)
+            _clip(parameters)
         optimizer.step()
 
     return _seconds_of(step, parameters)
+
+
+def _ahead_seconds(parameters: list[Parameter], adamw: dict, clips: bool) -> float:
+    """Seconds per parameter of a step that is taken back."""
+    optimizer = _optimizer(parameters, adamw)
+    optimizer.step()
+    ahead = LookAhead(optimizer, FlatParameters((str(number), one) for number, one in enumerate(parameters)))
+
+    def there_and_back() -> None:
+        ahead.go([one.grad for one in parameters], partial(_clip, parameters) if clips else None, optimizer.step)
+        ahead.back()
+
+    return _seconds_of(there_and_back, parameters)
+
+
+def _optimizer(parameters: list[Parameter], adamw: dict) -> torch.optim.AdamW:
+    """One that leaves the weights as they are."""
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)  # zeros would all be read from one page of memory
+    return torch.optim.AdamW(parameters, **{**adamw, "lr": 0.0, "weight_decay": 0.0})
+
+
+def _clip(parameters: list[Parameter]) -> None:
+    nn.utils.clip_grad_norm_(parameters, max_norm=1e9)
 
 
 def _copy_seconds(parameters: list[Parameter]) -> float:

@@ -27,7 +27,7 @@ from ds_recsys.planner.plan import Plan
 _FP32 = 4
 _STATE = 2 * _FP32  # of Adam, of error feedback, and of what mode "delayed" keeps: bytes per parameter
 _NEXT_TO_NONE = 1e-6
-_AHEAD = 9  # copies that looking ahead takes beside an optimizer step: of all it takes back, and of the gradient
+_COPIES = 2  # of the gradients, that a late average takes
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,9 @@ def _device_seconds(facts: Facts, plan: Plan, zero_stage: int) -> tuple[float, f
 
 
 def _optimizer(facts: Facts, plan: Plan, zero_stage: int) -> float:
-    """Seconds per parameter of the fastest device."""
-    return (facts.optimizer + plan.look_ahead * (facts.optimizer + _AHEAD * facts.copy)) / (
-        plan.data if zero_stage else 1
-    )
+    """Seconds per parameter of the fastest device, with what a late average takes beside."""
+    late = _COPIES * facts.copy if plan.mode == "delayed" else 0.0
+    return (facts.optimizer + late + plan.look_ahead * facts.ahead) / (plan.data if zero_stage else 1)
 
 
 def _last_replicas(facts: Facts, plan: Plan, zero_stage: int) -> list[tuple[float, float]]:
@@ -157,7 +156,7 @@ def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
     layers = facts.layers[plan.tensor]
     if plan.pipe == 1:  # which holds the tied table once
         layers = (*layers[:-1], replace(layers[-1], parameters=layers[-1].parameters - facts.tied))
-    extra = _STATE * (1 + (plan.method != "none") + (plan.mode == "delayed") + 2.5 * plan.look_ahead)
+    extra = _STATE * (1 + (plan.method != "none") + (plan.mode == "delayed") + 2 * plan.look_ahead)
     shards = plan.data if zero_stage else 1
     seconds = _sum(facts, plan, zero_stage)[0] if plan.data > 1 else 0.0
     optimizer = _optimizer(facts, plan, zero_stage)

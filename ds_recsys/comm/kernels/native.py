@@ -26,6 +26,7 @@ _SUM = (
     *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
     *(ctypes.c_int64, ctypes.c_int64, ctypes.c_uint64),
 )
+_AHEAD = (*[ctypes.c_void_p] * 5, ctypes.c_int64, *[ctypes.c_float] * 6)
 _ADD, _LAST = 1, 2
 SUMMED = ("int8", "int4")
 METHODS = ("bf16", "int8", "int4", "sign", "topk_fp32", "topk_bf16", "topk_int8", "randomk")
@@ -51,6 +52,8 @@ class Kernels:
             self._sum[method] = summed = library[f"{method}_sum"]
             recode.argtypes, recode.restype = _RECODE, ctypes.c_int
             summed.argtypes, summed.restype = _SUM, None
+        self._ahead = library["adamw_ahead"]
+        self._ahead.argtypes, self._ahead.restype = _AHEAD, None
 
     def encode(
         self,
@@ -110,6 +113,19 @@ class Kernels:
                 seed,
             )
         )
+
+    def adamw_ahead(
+        self,
+        weight: Tensor,
+        kept: Tensor,
+        gradient: Tensor,
+        mean: Tensor | None,
+        square: Tensor | None,
+        *numbers: float,
+    ) -> None:
+        """`kept` <- the weight, and that <- what AdamW makes of it; numbers: beta1, beta2, decay, rate, root, eps."""
+        mean, square = (None if moment is None else moment.data_ptr() for moment in (mean, square))
+        self._ahead(weight.data_ptr(), kept.data_ptr(), gradient.data_ptr(), mean, square, weight.numel(), *numbers)
 
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array:

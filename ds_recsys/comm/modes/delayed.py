@@ -43,7 +43,8 @@ class Delayed(Mode):
         self._spare: Tensor | None = None
         self._loss: Tensor | None = None  # the sum over the replicas, on the last stage
         self._ahead = LookAhead(engine.optimizer, self.parameters) if options.look_ahead else None
-        self._own: Tensor | None = None  # this replica's part of what is under way
+        self._own: list[Tensor] = []  # this replica's part of what is under way; clipped, once it was used
+        self._own_finite = True
         self._looking = False  # the step that is being taken is taken back
         self.seconds_waited = 0.0
 
@@ -53,13 +54,14 @@ class Delayed(Mode):
         own, self._spare = self._read(), None
         self._back()
         self._first = not self._wait()
+        if self._ahead:  # what the average takes the place of; the engine clips what it leaves there
+            self._own = [gradient.clone() if self._first else gradient for gradient in self._gradients()]
+            self._own_finite = bool(own.sum().isfinite())
         self._skips = self._first or not self._finite
         self._apply()
         if self.options.delay_correction:
             self._weights_then = self.parameters.read(self._weights_then)
         self._send_loss()
-        if self._ahead:
-            self._own = own.clone() if self._own is None else self._own.copy_(own)
         self._travelling = self._courier.send(self._reducer, own, self.parameters)
         return None
 
@@ -111,25 +113,25 @@ class Delayed(Mode):
         if self.options.delay_correction:
             moved = self.parameters.read().sub_(self._weights_then)
             average.addcmul_(moved.mul_(average), average, value=self.options.delay_correction)
-        for view, gradient in zip(self.parameters.views(average), self._gradients(), strict=True):
-            gradient.copy_(view.view_as(gradient))
+        for parameter, view in zip(self.parameters.parameters, self.parameters.views(average), strict=True):
+            if self._fp32:
+                gradient = self._fp32[parameter]
+                gradient.copy_(view.view_as(gradient))
+            else:  # until the engine lets go of it behind the step
+                parameter.grad = view if parameter.dtype == view.dtype else view.to(parameter.dtype)
         self._spare = average
 
-    def _look_ahead(self) -> None:
+    def _look_ahead(self, clipped: bool = False) -> None:
         """Collective over the replica; a gradient that is not finite leads nowhere."""
-        if not self.agreed(bool(self._own.sum().isfinite())):
+        if not self.agreed(self._own_finite):
             return
+        clips = self.engine.gradient_clipping() > 0.0 and not clipped
         self._looking = True
         try:
-            self._ahead.go(self._own, self._step)
+            self._ahead.go(self._own, self.engine.clip_fp32_gradients if clips else None, self.engine.optimizer.step)
         finally:
             self._looking = False
         self.apart = True
-
-    def _step(self) -> None:
-        if self.engine.gradient_clipping() > 0.0:
-            self.engine.clip_fp32_gradients()
-        self.engine.optimizer.step()
 
     def _back(self) -> None:
         """To the weights that all replicas have in common."""
@@ -177,7 +179,8 @@ class Delayed(Mode):
                 shared["weights_then"] = self.parameters.as_dict(self._weights_then)
         own = {"reducer": self._reducer.state_dict()}
         if self.apart:
-            own["gradient"] = self.parameters.as_dict(self._own)
+            gradients = zip(self.parameters.names, self._own, strict=True)
+            own |= {"gradient": {name: gradient.clone() for name, gradient in gradients}, "clipped": True}
         return {"shared": shared, "own": own}
 
     def load_state_dict(self, content: dict) -> None:
@@ -190,8 +193,9 @@ class Delayed(Mode):
         if "reducer" in own:
             self._reducer.load_state_dict(own["reducer"])
         if self._ahead and "gradient" in own:
-            self._own = self.parameters.from_dict(own["gradient"])
-            self._look_ahead()
+            self._own = [own["gradient"][name].to(parameter.device) for name, parameter in self.parameters.items()]
+            self._own_finite = True  # or it would not have been saved
+            self._look_ahead(own.get("clipped", False))
 
     def as_dict(self) -> dict:
         totals = self._reducer.totals
