@@ -81,7 +81,9 @@ def test_replicas_stay_equal_and_a_resumed_run_goes_on(folder):
 
 @pytest.mark.parametrize("change", [{"items": 0}, {"early_head": False}, {"overlap": False}], ids=str)
 def test_a_table_that_is_small_or_may_not_be_split_stays_whole(folder, change):
-    result = run_on_grid(_train, 2, folder=folder, name="w", values=_config(**change, method="int8", min_elements=1))
+    result = run_on_grid(
+        _train, 2, folder=folder, name=str(change), values=_config(**change, method="int8", min_elements=1)
+    )
     assert not any(one["split"] for one in result)
 
 
