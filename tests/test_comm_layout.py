@@ -84,10 +84,10 @@ def test_equal_shares_are_the_plan_without_shares():
 
 def test_unlike_owners_work_in_many_chunks():
     """Else a link whose host owns nothing is busy one way at a time."""
-    large, small = segments_of([2_000_000], Blocks(256)), segments_of([70_000], Blocks(256))
+    large, small = segments_of([4_000_000], Blocks(256)), segments_of([140_000], Blocks(256))
     assert len(plan(large, 4, 10**7)) == len(plan(large, 4, 10**7, (1, 1, 1, 1))) == 1
-    assert len(plan(large, 4, 10**7, (1, 1, 1, 0))) == 12
-    assert len(plan(small, 4, 10**7, (1, 1, 1, 0))) == 2  # not of less than 32 KB
+    assert len(plan(large, 4, 10**7, (1, 1, 1, 0))) == 32
+    assert len(plan(small, 4, 10**7, (1, 1, 1, 0))) == 2  # not of less than 64 KB
 
 
 def test_neighbours_that_are_sent_as_they_are_become_one_part():

@@ -10,7 +10,7 @@ from ds_recsys.comm.compressors.base import Compressor
 
 _UNITS = 1_000_000  # that owners' shares are rounded to: integers cut alike on all ranks
 _SMALLER = 4  # times, is the bucket that is summed last
-_MANY, _SMALL = 12, 32_768  # chunks, of so many bytes at least, where owners are unlike
+_MANY, _SMALL = 32, 65_536  # chunks, of so many bytes at least, where owners are unlike
 
 
 @dataclass(frozen=True)

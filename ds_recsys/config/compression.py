@@ -45,7 +45,7 @@ class Compression(Block):
     early_head: bool = Field(
         True,
         description="Sum what the head adds to the gradient of a tied item table first, while the backward pass goes on, and "
-        "the rows that were looked up at its end, where these are few; with `overlap`, one stage and stage 0.",
+        "the rows that were looked up at its end, where these are few; with `overlap`, one stage, fp32 and stage 0.",
     )
     bucket_elements: Positive = Field(
         1_000_000,

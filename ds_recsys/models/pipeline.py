@@ -217,14 +217,16 @@ class RecommenderPipe(PipelineModule):
         return replace(stage_rows(self.builder, self.forward_funcs, like), axis=axis)
 
     def tied_table(self, begin: Callable[[int], None]) -> TiedTable | None:
-        """To take the gradient of the item table apart with, where this stage has both its ends and the loss asks for `head`.
+        """Takes the gradient of an fp32 item table apart, where this stage has both its ends and the loss asks for `head`.
 
         Args:
             begin: as `TiedTable` has it.
         """
-        tied = self.tied_modules[TIED_KEY] if TIED_KEY in self.tied_modules else None
-        apart = tied is not None and self.num_stages == 1 and not self.sparse_table
-        return TiedTable(self, tied, begin) if apart and isinstance(self.loss_fn, NextItemLoss) else None
+        if TIED_KEY not in self.tied_modules or self.num_stages > 1 or self.sparse_table:
+            return None
+        tied = self.tied_modules[TIED_KEY]
+        trained = tied.embedding.weight.requires_grad and tied.embedding.weight.dtype == torch.float32
+        return TiedTable(self, tied, begin) if trained and isinstance(self.loss_fn, NextItemLoss) else None
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """What the item rows are multiplied with: the hidden states, or HF's transform of them. [..., H] -> [..., E].

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ def _measure_sum(group: dist.ProcessGroup, block: Compression, pace: float, widt
     seconds, processor = _timed(reduction(group, block.method, make, shape), flat)
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, (seconds / values, pace * processor / values))
-    return SumFacts(max(one[0] for one in found), max(one[1] for one in found))
+    return SumFacts(max(one[0] for one in found), median(one[1] for one in found))
 
 
 def measure_rates(hosts: Sequence[int]) -> list[float]:

@@ -26,7 +26,6 @@ from ds_recsys.planner.plan import Plan
 
 _FP32 = 4
 _STATE = 2 * _FP32  # of Adam, of error feedback, and of what mode "delayed" keeps: bytes per parameter
-_NEXT_TO_NONE = 1e-6
 _COPIES = 2  # of the gradients, that a late average takes
 
 
@@ -109,10 +108,11 @@ def _shares(facts: Facts, plan: Plan, zero_stage: int) -> tuple[int, ...]:
     if plan.mode not in ("sync", "delayed") or len(set(paces)) == 1:
         return ()
     window, fixed = _device_seconds(facts, plan, zero_stage)
-    end = (total * window + plan.data * fixed) / sum(1 / pace for pace in paces)
-    # less than nothing for one that would not be done by then with no window at all
-    parts = tuple(apportion([max((end / pace - fixed) / window, _NEXT_TO_NONE) for pace in paces], total))
-    return parts if len(set(parts)) > 1 else ()
+    parts = [1] * plan.data
+    for _ in range(total - plan.data):  # the next one goes where it is done soonest
+        ends = [pace * (window * (part + 1) + fixed) for pace, part in zip(paces, parts, strict=True)]
+        parts[ends.index(min(ends))] += 1
+    return tuple(parts) if len(set(parts)) > 1 else ()
 
 
 def _device_seconds(facts: Facts, plan: Plan, zero_stage: int) -> tuple[float, float]:
