@@ -36,7 +36,7 @@ def measure_sums(
         pace: seconds of the fastest device in which one of the process's processor seconds passes; 0 on an accelerator,
             which goes on computing while gradients are encoded.
         owners: parts in which replicas might sum what is compressed, beside equal ones.
-        width: of the square matrices that the values make up, the model's hidden size: PowerSGD's costs depend on it.
+        width: the model's hidden size; the values make up matrices of four times as many rows, as a decoder's larger ones.
     """
     stage, rank, costs = data * tensor, dist.get_rank(), {}
     first = rank // stage * stage + rank % tensor
@@ -54,7 +54,7 @@ def _measure_sum(group: dist.ProcessGroup, block: Compression, pace: float, widt
         given = {key: getattr(block, key) for key in block.model_fields_set - {"method"}}
         return Reducer(group, method, **given)
 
-    shape = min(width, _VALUES // width), width
+    shape = min(4 * width, _VALUES // width), width
     values = _VALUES // math.prod(shape) * math.prod(shape)
     flat = torch.randn(values, device=_device(), generator=torch.Generator(_device()).manual_seed(0)).mul_(1e-3)
     seconds, processor = _timed(reduction(group, block.method, make, shape), flat)
