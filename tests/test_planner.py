@@ -257,6 +257,10 @@ def test_a_slow_replica_gets_fewer_still_where_a_step_takes_what_no_window_does(
     encoding = _facts((0, 1, 2, 3), slowdowns=(1.0, 1.0, 1.0, 2.0), value_seconds=2e-6, processor=4e-8)
     assert predict(encoding, replace(plan, method="int8")).plan.shares == (19, 19, 19, 7)
     assert predict(encoding, plan).plan.shares != (19, 19, 19, 7)  # which encodes nothing
+    # what a layer takes besides its windows is counted with them, as the forecast does
+    line = Line(0.16, 0.0)
+    alone = replace(facts, optimizer=0.0, layers={1: (LayerFacts(line, line, 0, 0, _PARAMETERS),)})
+    assert predict(alone, plan).plan.shares[3] == 9
     lost = replace(facts, optimizer=4e-7)
     assert predict(lost, plan).plan.shares[3] == 1
 

@@ -28,7 +28,7 @@ from ds_recsys.topology import Grid
 
 _BLOCKS = 2
 _ITEMS = 200_000  # most that are tried; a full softmax over more takes longer in proportion
-_SECONDS = 2.5  # spent on a size of micro-batch at least; what other processes take from it averages out
+_SECONDS = 2.5  # spent on a size of micro-batch at least, by each rank; what other processes take from it averages out
 _REPEATS = 3  # of an optimizer step and of a copy
 _ALIKE = 1.15  # devices that differ by less are taken to be equal
 
@@ -39,7 +39,7 @@ class Measured:
 
     Attributes:
         kinds: class name of a layer -> its facts; a block's are the mean of two.
-        seconds: of a micro-batch of each size that was tried, mean.
+        seconds: of all micro-batches that were tried, the same ones on all ranks.
         processor_seconds: what all threads of this process computed in them; 0 on an accelerator.
         optimizer, fused: seconds per parameter of AdamW as the config has it, and of its fused form where that was asked for,
             each with what clips gradients.
@@ -120,11 +120,8 @@ def _micro_batches(windows, recsys: Recsys, size: int, items: int) -> list:
 
 
 def _passes(pipe, micro_batches: list) -> tuple[dict[int, LayerProfile], float, float]:
-    """(layers, seconds, processor seconds) of a pass, mean over as many as the ranks of the tensor axis agree on.
-
-    Other ranks do not wait for each other: a device is measured while all are busy, as in training, and no other way.
-    """
-    device, axis = next(pipe.parameters()).device, pipe.builder.tensor
+    """(layers of one pass, mean; seconds and processor seconds of all) over as many passes as all ranks agree on."""
+    device = next(pipe.parameters()).device
     moved = [_to(device, one) for one in micro_batches]
     clock = clock_of_this_device()
     _pass(pipe, moved[0], clock)  # allocates
@@ -136,8 +133,7 @@ def _passes(pipe, micro_batches: list) -> tuple[dict[int, LayerProfile], float, 
         found.append(_pass(pipe, moved[len(found) % len(moved)], clock))
         spent, used = spent + time.perf_counter() - begin, used + time.process_time() - processor
         enough = torch.tensor(float(spent >= _SECONDS), device=device)
-        if axis.size > 1:
-            dist.all_reduce(enough, op=dist.ReduceOp.MIN, group=axis.group)
+        dist.all_reduce(enough, op=dist.ReduceOp.MIN)
         done = bool(enough)
     if device.type != "cpu":
         used = 0.0
@@ -150,7 +146,7 @@ def _passes(pipe, micro_batches: list) -> tuple[dict[int, LayerProfile], float, 
         )
         for layer in found[0]
     }
-    return mean, spent / len(found), used / len(found)
+    return mean, spent, used
 
 
 def _pass(pipe, micro_batch, clock) -> dict[int, LayerProfile]:

@@ -118,13 +118,10 @@ def _shares(facts: Facts, plan: Plan, zero_stage: int) -> tuple[int, ...]:
 def _device_seconds(facts: Facts, plan: Plan, zero_stage: int) -> tuple[float, float]:
     """Of the fastest device in a step, mean over the stages: for each window of a micro-batch, and besides."""
     layers, share = facts.layers[plan.tensor], 1 / (plan.tensor * plan.pipe)
-    passes = [line for layer in layers for line in (layer.forward, layer.backward)]
+    passes = sum(layer.forward(plan.micro_batch) + layer.backward(plan.micro_batch) for layer in layers)
     parameters = sum(layer.parameters for layer in layers) - (facts.tied if plan.pipe == 1 else 0)
     each = _optimizer(facts, plan, zero_stage) + (_sum(facts, plan, zero_stage)[1] if plan.data > 1 else 0.0)
-    window, fixed = (
-        plan.micro_batches / plan.pipe * sum(getattr(line, part) for line in passes) for part in ("each", "fixed")
-    )
-    return window, fixed + each * parameters * share
+    return plan.micro_batches * passes / plan.micro_batch / plan.pipe, each * parameters * share
 
 
 def _optimizer(facts: Facts, plan: Plan, zero_stage: int) -> float:
