@@ -20,8 +20,23 @@ def test_an_optimizer_is_measured_with_what_its_step_reads_and_changes_no_weight
     assert (len(norms) > 1) == clips
 
 
-def test_looking_ahead_is_measured_and_changes_no_weight():
+@pytest.mark.parametrize("clips", [True, False])
+def test_looking_ahead_is_measured_there_and_back(clips, monkeypatch):
+    calls = []
+
+    class Counted(layers.LookAhead):
+        def go(self, gradients, clip, step):
+            calls.append("clips" if clip else "goes")
+            assert all(gradient.all() for gradient in gradients)
+            super().go(gradients, clip, step)
+
+        def back(self):
+            calls.append("back")
+            super().back()
+
+    monkeypatch.setattr(layers, "LookAhead", Counted)
     parameters = [nn.Parameter(torch.randn(64, 64))]
     before = parameters[0].detach().clone()
-    assert layers._ahead_seconds(parameters, {}, True) > 0
+    assert layers._ahead_seconds(parameters, {}, clips) > 0
+    assert len(calls) > 2 and calls == ["clips" if clips else "goes", "back"] * (len(calls) // 2)
     assert torch.equal(parameters[0], before)

@@ -46,7 +46,7 @@ class StageZeroGradients:
         self._waited = waited
         self._group = compat.data_parallel_group(engine)
         self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        self._bucket_elements, self._overlap = options.bucket_elements, overlap
+        self._overlap = overlap
         self._table = None
         # the rows would miss what a momentum of the compressed gradients keeps
         if options.early_head and overlap and not self._fp32 and not options.momentum:
@@ -59,7 +59,7 @@ class StageZeroGradients:
         parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
         if self._splits:  # in the order of a forward pass the head is last
             parameters = [p for p in parameters if p is not self._table.weight] + [self._table.head]
-        buckets = make_buckets(parameters, self._tied(module), self._bucket_elements)
+        buckets = make_buckets(parameters, self._tied(module), self._reducer.options.bucket_elements)
         micro_batches = self._engine.gradient_accumulation_steps
         self._buckets = OverlappedBuckets(buckets, self._reduce, micro_batches, self._overlap)
 

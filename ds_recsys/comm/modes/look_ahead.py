@@ -45,10 +45,13 @@ class LookAhead:
 
     def _at_once(self, parameters: list[Parameter]) -> bool:
         """AdamW's step (https://arxiv.org/abs/1711.05101) of the weights alone; False where that is not what it takes."""
-        kernels, groups = library(), self._optimizer.param_groups
-        if type(self._optimizer) is not torch.optim.AdamW or kernels is None or any(map(_unlike, groups)):
+        groups = self._optimizer.param_groups
+        if type(self._optimizer) is not torch.optim.AdamW or any(map(_unlike, groups)):
             return False
         if not all(_plain(tensor) for parameter in parameters for tensor in (parameter, parameter.grad)):
+            return False
+        kernels = library()
+        if kernels is None:
             return False
         kept = dict(zip(parameters, self._parameters.views(self.weights), strict=True))
         for group in groups:
