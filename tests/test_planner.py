@@ -1,14 +1,17 @@
 """What `"parallel": "auto"` predicts and chooses, from facts that are written down here."""
 
 import random
+import threading
+import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ds_recsys import UserError
 from ds_recsys.balance.costs import predict as predict_pipeline
 from ds_recsys.planner.facts import Facts, LayerFacts, Line, SumFacts
-from ds_recsys.planner.links import pairs_of
+from ds_recsys.planner.links import _beside_compute, pairs_of
 from ds_recsys.planner.owners import owner_shares, replica_shares
 from ds_recsys.planner.plan import Plan, grids, plans
 from ds_recsys.planner.predict import _costs, predict
@@ -138,6 +141,48 @@ def test_encoding_is_never_covered():
     facts = _facts(value_seconds=4e-8, processor=5e-9)
     forecast = predict(facts, Plan(1, 4, 1, 16, 1, "int8", "delayed"))
     assert forecast.gradients == pytest.approx(5e-9 * _LAYERS * _PARAMETERS)
+
+
+def test_a_later_stage_sums_while_earlier_ones_still_compute():
+    facts = _facts(value_seconds=4e-6, transfer=0.0)
+    facts = replace(facts, layers={1: (_layer(parameters=4), _layer())}, bucket=_PARAMETERS)
+    forecast = predict(facts, Plan(2, 2, 1, 16, 2, "int8"))
+    assert forecast.plan.bounds == (0, 1, 2)
+    assert forecast.gradients == pytest.approx(1.0 - 16 * 0.01 * 2 / 3)
+
+
+def test_beside_compute_a_sum_may_take_longer_than_by_itself():
+    alone = _facts(value_seconds=3.2e-6)  # int8: 6.4 s for 8 million values, in a step of 1.28 s
+    both = {method: replace(cost, beside=2 * cost.seconds) for method, cost in alone.sums[4, 1].items()}
+    slower = replace(alone, sums={**alone.sums, (4, 1): both})
+    late = Plan(1, 4, 1, 16, 1, "int8", "delayed")
+    assert predict(alone, late).gradients == pytest.approx(6.4 - 1.28)
+    assert predict(slower, late).gradients == pytest.approx(6.4 - 1.28 / 2)  # half as much of it is covered
+    # the first bucket of eight is there when the backward pass (.85 s) has gone on for an eighth
+    in_time = Plan(1, 4, 1, 16, 1, "int8")
+    alone, slower = (replace(facts, bucket=_PARAMETERS) for facts in (alone, slower))
+    covered = 7 / 8 * 1.28 * 2 / 3
+    assert predict(alone, in_time).gradients == pytest.approx(6.4 - covered)
+    assert predict(slower, in_time).gradients == pytest.approx(6.4 - covered / 2)
+    assert predict(slower, in_time, zero_stage=1).gradients == predict(alone, in_time, zero_stage=1).gradients
+
+
+def test_a_sum_is_timed_beside_compute(monkeypatch):
+    products, threads, multiply = [], [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(multiply(*args, **kwargs)))
+
+    def work(flat):
+        threads.append(threading.current_thread())
+        deadline = time.monotonic() + 5
+        while len(products) < 3 and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        flat.add_(1)
+
+    flat = torch.zeros(4)
+    _beside_compute(work, 64)(flat)
+    assert threads[0] is not threading.current_thread() and len(products) >= 3 and flat.eq(1).all()
+    with pytest.raises(ZeroDivisionError):
+        _beside_compute(lambda _: 1 / 0, 64)(flat)
 
 
 def test_looking_ahead_takes_its_time_and_is_what_late_averages_do():

@@ -44,17 +44,21 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class SumFacts:
-    """A sum over the replicas, per value: seconds in all, and those in which the fastest device cannot compute.
+    """A sum over the replicas, per value.
 
     Attributes:
+        seconds: by itself.
+        processor: those in which the fastest device cannot compute.
         owners: the replicas' parts of it with which it was measured; empty for equal parts.
         unlike: the same with owners of unlike parts, where it was measured: less on the wire, perhaps more for a device.
+        beside: seconds while devices compute: more, where the sum has to wait for its turn on the processor; None is as many.
     """
 
     seconds: float
     processor: float = 0.0
     owners: tuple[float, ...] = ()
     unlike: "SumFacts | None" = None
+    beside: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from statistics import median
 
@@ -16,7 +17,9 @@ from ds_recsys.config.compression import Compression
 from ds_recsys.planner.facts import Line, SumFacts
 
 _VALUES = 1_000_000  # of a sum that is timed
-_SECONDS = 0.5  # spent on each measurement at least
+_SECONDS = 0.5  # spent on each measurement at least, in two runs or more
+_LONG = 2.0  # a run that takes these is not repeated
+_PRODUCT = 50_000_000  # multiplications of a product of matrices, milliseconds on a core
 _MESSAGES = (4_096, 1_000_000)  # bytes
 _ROUNDS = 5  # of hosts in pairs
 
@@ -57,10 +60,29 @@ def _measure_sum(group: dist.ProcessGroup, block: Compression, pace: float, widt
     shape = min(4 * width, _VALUES // width), width
     values = _VALUES // math.prod(shape) * math.prod(shape)
     flat = torch.randn(values, device=_device(), generator=torch.Generator(_device()).manual_seed(0)).mul_(1e-3)
-    seconds, processor = _timed(reduction(group, block.method, make, shape), flat)
+    work = reduction(group, block.method, make, shape)
+    seconds, processor = _timed(work, flat)
+    beside = _timed(_beside_compute(work, width), flat, connected=True)[0] if pace else seconds
     found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (seconds / values, pace * processor / values))
-    return SumFacts(max(one[0] for one in found), median(one[1] for one in found))
+    dist.all_gather_object(found, (seconds / values, pace * processor / values, beside / values))
+    alone, processor, beside = (list(column) for column in zip(*found, strict=True))
+    return SumFacts(max(alone), median(processor), beside=max(*alone, *beside))
+
+
+def _beside_compute(work: Callable, width: int) -> Callable:
+    """`work` in a thread of its own, as the reducer's is, while this one multiplies matrices as a decoder layer does."""
+    rows = max(1, _PRODUCT // (4 * width * width))
+    left, right = torch.randn(rows, width), torch.randn(width, 4 * width)
+    product = torch.empty(rows, 4 * width)
+
+    def both(flat: torch.Tensor) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(work, flat)
+            while not done.done():
+                torch.mm(left, right, out=product)
+            done.result()
+
+    return both
 
 
 def measure_rates(hosts: Sequence[int]) -> list[float]:
@@ -124,9 +146,10 @@ def _transfer(operations: list) -> None:
         request.wait()
 
 
-def _timed(work: Callable, flat: torch.Tensor) -> tuple[float, float]:
+def _timed(work: Callable, flat: torch.Tensor, connected: bool = False) -> tuple[float, float]:
     """(seconds, processor seconds) of `work` on a copy of `flat`, mean over as many runs as all ranks agree on."""
-    work(flat.clone())  # connects the ranks
+    if not connected:
+        work(flat.clone())  # connects the ranks
     spent = used = 0.0
     runs = 0
     while True:
@@ -139,7 +162,7 @@ def _timed(work: Callable, flat: torch.Tensor) -> tuple[float, float]:
         spent, used, runs = spent + time.perf_counter() - begin, used + time.process_time() - processor, runs + 1
         slowest = torch.tensor(spent, device=flat.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        if float(slowest) >= _SECONDS and runs > 1:
+        if float(slowest) >= (_SECONDS if runs > 1 else _LONG):
             return spent / runs, used / runs
 
 

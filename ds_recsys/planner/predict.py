@@ -4,8 +4,9 @@ A step is (M - 1) max t + sum t over the stages (`ds_recsys.balance.costs.predic
 not cover, the sum of a tied table, and the optimizer. Compute covers what a sum's wire takes: nothing under DeepSpeed's own
 reduction, which begins when all gradients are there; in mode "delayed" a whole step. Compressed gradients leave in buckets
 while the last backward pass goes on, each when it is ready and the link is free: what reaches beyond the pass counts, and
-that is at least the first layers' bucket. A tied table whose head's gradient is summed apart leaves first, and the rows that
-were looked up last, with nothing to cover them. What a sum takes of the device itself, to encode, is never covered.
+that is at least the first layers' bucket. Beside compute a sum may take longer than by itself. A tied table whose head's
+gradient is summed apart leaves first, and the rows that were looked up last, with nothing to cover them. What a sum takes of
+the device itself, to encode, is never covered.
 
 Where devices are not equally fast, replicas take such parts of the micro-batch that all are done at once, with what does not
 depend on them (the optimizer, to encode), unless the facts give the parts.
@@ -21,7 +22,7 @@ from ds_recsys.balance.partition import partition
 from ds_recsys.comm.layout import bucket_lengths
 from ds_recsys.data.batches import apportion
 from ds_recsys.head.row_sparse import rows_pay
-from ds_recsys.planner.facts import Facts
+from ds_recsys.planner.facts import Facts, SumFacts
 from ds_recsys.planner.plan import Plan
 
 _FP32 = 4
@@ -84,7 +85,7 @@ def _predict(facts: Facts, plan: Plan, zero_stage: int) -> Forecast:
     sums, waits = [0.0], [0.0]
     if plan.data > 1:
         for stage in _summed(facts, plan, costs, bounds, zero_stage):
-            sums.append(_sum(facts, plan, zero_stage)[0] * stage.total)
+            sums.append(_sum(facts, plan, zero_stage).seconds * stage.total)
             waits.append(_exposed(facts, plan, zero_stage, stage, whole))
     tied = 0.0
     if plan.pipe > 1 and facts.tied:
@@ -120,7 +121,7 @@ def _device_seconds(facts: Facts, plan: Plan, zero_stage: int) -> tuple[float, f
     layers, share = facts.layers[plan.tensor], 1 / (plan.tensor * plan.pipe)
     passes = sum(layer.forward(plan.micro_batch) + layer.backward(plan.micro_batch) for layer in layers)
     parameters = sum(layer.parameters for layer in layers) - (facts.tied if plan.pipe == 1 else 0)
-    each = _optimizer(facts, plan, zero_stage) + (_sum(facts, plan, zero_stage)[1] if plan.data > 1 else 0.0)
+    each = _optimizer(facts, plan, zero_stage) + (_sum(facts, plan, zero_stage).processor if plan.data > 1 else 0.0)
     return plan.micro_batches * passes / plan.micro_batch / plan.pipe, each * parameters * share
 
 
@@ -155,7 +156,7 @@ def _costs(facts: Facts, plan: Plan, zero_stage: int) -> PipelineCosts:
         layers = (*layers[:-1], replace(layers[-1], parameters=layers[-1].parameters - facts.tied))
     extra = _STATE * (1 + (plan.method != "none") + (plan.mode == "delayed") + 2 * plan.look_ahead)
     shards = plan.data if zero_stage else 1
-    seconds = _sum(facts, plan, zero_stage)[0] if plan.data > 1 else 0.0
+    seconds = _sum(facts, plan, zero_stage).seconds if plan.data > 1 else 0.0
     optimizer = _optimizer(facts, plan, zero_stage)
     ranks = plan.data * plan.tensor
     of_stage = [range(stage * ranks, (stage + 1) * ranks) for stage in range(plan.pipe)]
@@ -193,13 +194,13 @@ def _link(facts: Facts, stride: int, one: int, other: int) -> Link:
     return Link(line.each, line.fixed, crosses_hosts=facts.hosts[one] != facts.hosts[other])
 
 
-def _sum(facts: Facts, plan: Plan, zero_stage: int) -> tuple[float, float]:
-    """(seconds, those of the fastest device) per value of a plan's sum; ZeRO sums to the owners and gathers fp32 weights."""
+def _sum(facts: Facts, plan: Plan, zero_stage: int) -> SumFacts:
+    """Of a value of a plan's sum; ZeRO sums to the owners and gathers fp32 weights."""
     costs = facts.sums[plan.data, plan.tensor]
     cost, dense = costs[plan.method], costs["none"]
     if not zero_stage:
-        return cost.seconds, cost.processor
-    return (cost.seconds + dense.seconds) / 2, (cost.processor + dense.processor) / 2
+        return cost
+    return SumFacts((cost.seconds + dense.seconds) / 2, (cost.processor + dense.processor) / 2)
 
 
 @dataclass(frozen=True)
@@ -264,23 +265,28 @@ def _looked_up(facts: Facts, plan: Plan, zero_stage: int) -> float:
 
 def _exposed(facts: Facts, plan: Plan, zero_stage: int, stage: _Stage, step: float) -> float:
     """Seconds that a stage's sums add to a step, in which the whole pipeline takes `step`."""
-    seconds, processor = _sum(facts, plan, zero_stage)
-    processor = min(stage.pace * processor, seconds)
-    wire, encoding = seconds - processor, processor * stage.total
+    cost = _sum(facts, plan, zero_stage)
+    processor = min(stage.pace * cost.processor, cost.seconds)
+    passing = (cost.beside or cost.seconds) - processor  # of compute, while a value is summed
+
+    def covered(values: float, room: float) -> float:
+        """Those of them that are summed in `room` seconds of compute."""
+        return min(values, room / passing) if passing else values
+
     if plan.mode != "sync":
-        return encoding + max(0.0, wire * stage.total - step)
+        beside = covered(stage.total, step)
+        return processor * beside + cost.seconds * (stage.total - beside)
     if plan.method == "none" or zero_stage or facts.bucket is None:
-        return encoding + wire * stage.total
-    now = free = 0.0
+        return cost.seconds * stage.total
+    end = sum(stage.passes) + stage.later  # of the backward pass of all stages
+    now = free = beside = 0.0
     stop = len(stage.values)
     for length in reversed(bucket_lengths(stage.values, facts.bucket)):
         start = stop - length
         now += sum(stage.passes[start:stop])
-        free = max(free, now) + wire * sum(stage.values[start:stop])
-        stop = start
-    end = now + stage.later  # of the backward pass of all stages
-    if stage.late:
-        free = max(free, end) + wire * stage.late
-    if stage.rows:  # a ring's sum of N ranks sends 2 (N - 1) / N of a value, this N - 1
-        free = max(free, end) + facts.sums[plan.data, plan.tensor]["none"].seconds * stage.rows * plan.data / 2
-    return encoding + max(0.0, free - end)
+        free = max(free, now)
+        values = covered(sum(stage.values[start:stop]), max(0.0, end - free))
+        beside, free, stop = beside + values, free + passing * values, start
+    rows = facts.sums[plan.data, plan.tensor]["none"].seconds * stage.rows * plan.data / 2
+    # a ring's sum of N ranks sends 2 (N - 1) / N of a value, rows N - 1
+    return processor * beside + cost.seconds * (stage.total - beside) + rows
