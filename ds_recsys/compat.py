@@ -133,6 +133,11 @@ def casts_gradients(engine) -> bool:
 
 def reduce_gradients(engine, gradients: list[torch.Tensor]) -> None:
     """Average gradients over the data axis in place, all in one bucket, as the engine does at stage 0."""
+    if len(gradients) == 1 and gradients[0].is_contiguous():  # which the engine would copy onto itself
+        group = data_parallel_group(engine)
+        cuts = 1 if engine.pipeline_parallelism else engine.sequence_parallel_size
+        engine.allreduce_bucket(gradients, group, torch.distributed.get_world_size(group) / cuts)
+        return
     engine._reduce_non_expert_gradients(gradients, elements_per_buffer=sum(map(torch.Tensor.numel, gradients)))
 
 

@@ -108,6 +108,35 @@ def test_averaging_and_clipping_keep_their_meaning(changes):
         assert moved > 1e-3 and difference < 0.01 * moved
 
 
+def _in_buckets_of(elements, config):
+    """(weights, sums of a gradient's own memory, sums, and how often DeepSpeed copied sums back) after a few steps."""
+    engine = _engine("int8", config, bucket_elements=elements)
+    reducer, own, copies = engine.gradient_compression.reducer, [], []
+    reduce, copy = reducer.all_reduce, engine.allreduce_and_copy
+
+    def spy(flat, tensors):
+        own.append(any(flat.data_ptr() == p.grad.data_ptr() for p in engine.module.parameters()))
+        reduce(flat, tensors)
+
+    reducer.all_reduce = spy
+    engine.allreduce_and_copy = lambda *args: copies.append(copy(*args))
+    _steps(engine, 0, 3)
+    return _weights(engine), sum(own), len(own), len(copies)
+
+
+def _large_alone(config):
+    together, _, few, copied = _in_buckets_of(10**6, config)
+    alone, own, sums, copies = _in_buckets_of(1, config)
+    assert 0 < few == copied < sums
+    assert own == sums and not copies, "a gradient that is alone in its bucket was copied"
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("changes", [{}, {"prescale_gradients": True, "gradient_predivide_factor": 4.0}], ids=str)
+def test_a_large_gradient_is_averaged_where_it_is(changes):
+    run_on_grid(_large_alone, 2, config=_config(**changes))
+
+
 def _poisoned(config, method):
     engine = _engine(method, config)
     _steps(engine, 0, 3)

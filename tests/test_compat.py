@@ -35,7 +35,12 @@ import ds_recsys.compat
         (
             DeepSpeedEngine.allreduce_bucket,
             "DeepSpeedEngine.allreduce_bucket",
-            ["self.communication_data_type", "dist.all_reduce("],
+            [
+                "bucket, dp_group, dp_world_size=None",
+                "self.flatten(bucket)",
+                "self.communication_data_type",
+                "dist.all_reduce(",
+            ],
         ),
         (
             DeepSpeedEngine,

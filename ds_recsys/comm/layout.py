@@ -83,15 +83,15 @@ def bucket_lengths(counts: Sequence[float], elements: int) -> list[int]:
     """How many of the tensors with these numbers of values, in the order of a forward pass, go into each bucket.
 
     The first bucket is summed last, with nothing left to cover it: it has a quarter of `elements` values at least, the next a
-    half, all others `elements`, or what is left.
+    half, all others `elements`, or what is left. A tensor of `elements` values is alone: it need not be copied into a bucket.
     """
     lengths: list[int] = []
     least, size, length = elements / _SMALLER, 0.0, 0
     for count in counts:
-        size, length = size + count, length + 1
-        if size >= least:
+        if length and (size >= least or count >= elements):
             lengths.append(length)
             least, size, length = min(elements, 2 * least), 0.0, 0
+        size, length = size + count, length + 1
     return lengths + [length] if length else lengths
 
 
