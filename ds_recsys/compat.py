@@ -131,14 +131,16 @@ def casts_gradients(engine) -> bool:
     return engine._config.communication_data_type is not None
 
 
-def reduce_gradients(engine, gradients: list[torch.Tensor]) -> None:
-    """Average gradients over the data axis in place, all in one bucket, as the engine does at stage 0."""
-    if len(gradients) == 1 and gradients[0].is_contiguous():  # which the engine would copy onto itself
-        group = data_parallel_group(engine)
-        cuts = 1 if engine.pipeline_parallelism else engine.sequence_parallel_size
-        engine.allreduce_bucket(gradients, group, torch.distributed.get_world_size(group) / cuts)
-        return
-    engine._reduce_non_expert_gradients(gradients, elements_per_buffer=sum(map(torch.Tensor.numel, gradients)))
+def average_gradients(engine, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Their averages over the data axis, all in one bucket, as the engine makes them at stage 0: views of one buffer.
+
+    Args:
+        gradients: of one dtype. A lone one is averaged in place, if it is contiguous.
+    """
+    group = data_parallel_group(engine)
+    cuts = 1 if engine.pipeline_parallelism else engine.sequence_parallel_size
+    replicas = torch.distributed.get_world_size(group) / cuts
+    return engine.unflatten(engine.allreduce_bucket(gradients, group, replicas), gradients)
 
 
 def gradients_for_reduction(engine) -> list:

@@ -109,31 +109,35 @@ def test_averaging_and_clipping_keep_their_meaning(changes):
 
 
 def _in_buckets_of(elements, config):
-    """(weights, sums of a gradient's own memory, sums, and how often DeepSpeed copied sums back) after a few steps."""
+    """(weights, sums, how many of them were of a gradient's own memory) after a few steps, which copy no sum."""
     engine = _engine("int8", config, bucket_elements=elements)
-    reducer, own, copies = engine.gradient_compression.reducer, [], []
-    reduce, copy = reducer.all_reduce, engine.allreduce_and_copy
+    reducer, step, parameters = engine.gradient_compression.reducer, engine.optimizer.step, list(engine.parameters())
+    reduce, summed, own = reducer.all_reduce, [], []
 
     def spy(flat, tensors):
-        own.append(any(flat.data_ptr() == p.grad.data_ptr() for p in engine.module.parameters()))
+        summed.append(flat.untyped_storage().data_ptr())
+        own.append(any(flat.data_ptr() == p.grad.data_ptr() for p in parameters))
         reduce(flat, tensors)
 
-    reducer.all_reduce = spy
-    engine.allreduce_and_copy = lambda *args: copies.append(copy(*args))
+    def check():
+        assert all(p.grad.untyped_storage().data_ptr() in summed for p in parameters), "a sum was copied"
+        step()
+
+    reducer.all_reduce, engine.optimizer.step = spy, check
     _steps(engine, 0, 3)
-    return _weights(engine), sum(own), len(own), len(copies)
+    return _weights(engine), len(summed), sum(own)
 
 
 def _large_alone(config):
-    together, _, few, copied = _in_buckets_of(10**6, config)
-    alone, own, sums, copies = _in_buckets_of(1, config)
-    assert 0 < few == copied < sums
-    assert own == sums and not copies, "a gradient that is alone in its bucket was copied"
+    together, few, own = _in_buckets_of(10**6, config)
+    assert own == 0
+    alone, sums, own = _in_buckets_of(1, config)
+    assert few < sums == own, "a gradient that is alone in its bucket was copied"
     assert torch.equal(alone, together)
 
 
 @pytest.mark.parametrize("changes", [{}, {"prescale_gradients": True, "gradient_predivide_factor": 4.0}], ids=str)
-def test_a_large_gradient_is_averaged_where_it_is(changes):
+def test_sums_are_not_copied_and_large_gradients_are_averaged_where_they_are(changes):
     run_on_grid(_large_alone, 2, config=_config(**changes))
 
 

@@ -29,9 +29,20 @@ import ds_recsys.compat
         (
             DeepSpeedEngine._reduce_non_expert_gradients,
             "DeepSpeedEngine._reduce_non_expert_gradients",
-            ["self.mpu.get_data_parallel_group()", "_get_sequence_data_parallel_group()", "self.allreduce_no_retain("],
+            [
+                "self.mpu.get_data_parallel_group()",
+                "_get_sequence_data_parallel_group()",
+                "/ float(self.sequence_parallel_size)",
+            ],
         ),
-        (DeepSpeedEngine.allreduce_no_retain, "DeepSpeedEngine.allreduce_no_retain", ["numel > numel_per_bucket"]),
+        (
+            DeepSpeedEngine.allreduce_and_copy,
+            "DeepSpeedEngine.allreduce_and_copy",
+            [
+                "self.allreduce_bucket(small_bucket, dp_group, dp_world_size)",
+                "self.unflatten(allreduced, small_bucket)",
+            ],
+        ),
         (
             DeepSpeedEngine.allreduce_bucket,
             "DeepSpeedEngine.allreduce_bucket",

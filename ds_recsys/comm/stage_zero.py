@@ -82,7 +82,12 @@ class StageZeroGradients:
         tensors = tuple((self._names[p], tuple(p.shape)) for p, _ in dense)
         if dense:
             with self._backend.gradient_scope(self._group, partial(self._reducer.all_reduce, tensors=tensors)):
-                compat.reduce_gradients(self._engine, [gradient for _, gradient in dense])
+                averages = compat.average_gradients(self._engine, [gradient for _, gradient in dense])
+            for (parameter, gradient), average in zip(dense, averages, strict=True):
+                if self._fp32 or gradient.device.type != "cpu":  # where another stream may still read the gradient
+                    gradient.copy_(average)
+                else:
+                    parameter.grad = average
 
     def _reduce_all(self, method, grads=None, **options):
         if grads is not None:
