@@ -76,6 +76,18 @@ def test_ranking_figures_are_compared_in_the_noise_of_the_dense_ones():
     assert "| delayed | 6.0000 ± 0.0000 | 0.0750 ± 0.0050 |" in hybrid.table(rows)
 
 
+def test_in_equal_time_a_slower_mode_has_made_fewer_steps():
+    def trained(method, validations):
+        row = {"kind": "quality", "mode": "sync", "method": method, "seed": 0, "steps": 40, "valid": [6.0], "ndcg": 0.1}
+        return {**row, "valid_ndcg": validations}
+
+    rows = [*ROWS, trained("none", [0.01, 0.02, 0.03, 0.04]), trained("int8", [0.011, 0.021, 0.031, 0.041])]
+    table = hybrid.table(rows)  # 1.1 s a step of ours, 1.4 s of the pipeline
+    assert "| 2 hosts x 2 devices | 1.02x | pipeline 79% | 0.0314 | 0.0410 |" in table
+    assert table.count("| pipeline 79% |") == 1  # no other cell has a plan
+    assert "In equal time" not in hybrid.table(ROWS) and "In equal time" not in hybrid.table(rows[:-1])
+
+
 def test_a_cell_without_ours_counts_for_nothing():
     rows = [*ROWS, _step("ideal", 1.0, ratio=0.25), _step("pipeline", 1.1, ratio=0.25)]
     assert hybrid.figures(rows) == hybrid.figures(ROWS)

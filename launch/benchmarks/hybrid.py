@@ -16,9 +16,8 @@ from benchmarks.baselines import DDP, TOPOLOGIES, UNEVEN, Turn, ideal_seconds_of
 from benchmarks.baselines_report import IDEAL
 from benchmarks.harness import ROOT, load
 from benchmarks.hybrid_ablation import WARMUP, ablation, micro_batches
-from benchmarks.hybrid_report import OURS, figures, plot, table
+from benchmarks.hybrid_report import OURS, figures, plot, table, way_of
 from benchmarks.hybrid_scaling import DEVICES, scaling
-from benchmarks.modes_arms import AHEAD
 from benchmarks.repeats import interleaved
 
 __all__ = ["HELP", "arguments", "figures", "measure", "plot", "table"]
@@ -63,7 +62,7 @@ def measure(options) -> Iterator[dict]:
         yield from (row for row in kept if row["kind"] == "scaling")
     if "quality" in options.part:
         chosen = [row["values"] for row in plans if row["values"]["recsys.data"] > 1]
-        ways = {(_mode(values), values["recsys.compression.method"]): None for values in chosen}
+        ways = {way_of(values): None for values in chosen}
         yield from _trainings(list(ways), options, kept)
     else:
         yield from (row for row in kept if row["kind"] == "quality")
@@ -160,8 +159,3 @@ def _start_ours(cluster, arms: Arms, items: int, options) -> dict:
     with arms.in_haste():
         arms.ready([count], [OURS], WARMUP)
     return {**plan, "micro_batches": count}
-
-
-def _mode(values: dict) -> str:
-    """As bench.py modes names it."""
-    return AHEAD if values.get("recsys.data_parallel.look_ahead") else values["recsys.data_parallel.mode"]

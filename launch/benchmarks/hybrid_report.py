@@ -7,8 +7,8 @@ from pathlib import Path
 from benchmarks import plots
 from benchmarks.baselines_report import HYBRID, IDEAL, label_shares
 from benchmarks.harness import markdown
-from benchmarks.modes_arms import title
-from benchmarks.modes_report import by_seed
+from benchmarks.modes_arms import AHEAD, title
+from benchmarks.modes_report import by_seed, curve, value_at
 from benchmarks.repeats import groups, median, spread
 
 OURS, ALONE = "ours", "alone"
@@ -125,7 +125,40 @@ def table(rows: list[dict]) -> str:
             "Whole trainings on equally many samples: validation loss and NDCG@10, mean ± standard deviation over seeds.\n\n"
             + markdown(["gradients", "validation loss", "NDCG@10"], lines)
         )
+        texts += filter(None, [_at_equal_time(rows, trained)])
     return "\n\n".join(texts)
+
+
+def _at_equal_time(rows: list[dict], trained: dict[tuple, dict]) -> str:
+    """Validations when ours ends its training: the best single mode, whose sums are dense, has made fewer steps by then.
+
+    The trainings' steps are taken to last as long, to each other, as those of the clusters.
+    """
+    lines, dense = [], trained.get(("sync", "none"))
+    for cell in _cells(rows):
+        one = _Compared(rows, cell)
+        plan = next((row for row in rows if row["kind"] == "plan" and _cell(row) == cell), None)
+        ours = trained.get(way_of(plan["values"])) if plan else None
+        if not (one.whole and dense and ours) or cell[1] >= _HEAVY:  # the trainings are over the smaller catalogue
+            continue
+        curves = [
+            curve(list(seeds.values()), seconds, "valid_ndcg")
+            for seeds, seconds in ((dense, one.single), (ours, one.ours))
+        ]
+        end = curves[-1][0][-1]
+        lines.append(
+            [_NAMES[cell[0]], f"{cell[2]:g}x", f"{one.best} {min(1.0, one.ours / one.single):.0%}"]
+            + [value_at(found, end) for found in curves]
+        )
+    header = ["cluster", "links", "best single mode, of its steps", "its NDCG@10", "ours"]
+    text = "In equal time: validation NDCG@10, mean over seeds, when ours has made all steps of these trainings."
+    return f"{text}\n\n{markdown(header, lines)}" if lines else ""
+
+
+def way_of(values: dict) -> tuple[str, str]:
+    """(mode, method) of a plan, as bench.py modes names them."""
+    mode = AHEAD if values.get("recsys.data_parallel.look_ahead") else values["recsys.data_parallel.mode"]
+    return mode, values["recsys.compression.method"]
 
 
 def _without(rows: list[dict], cell: Cell) -> list[tuple[str, float, float]]:

@@ -80,7 +80,7 @@ def _at_equal_time(rows: list[dict], trained: dict) -> str:
     lines = [
         [title(*key)]
         + [
-            _value_at(curves.get((link, name, key)), end)
+            value_at(curves.get((link, name, key)), end)
             for link, end in ends.items()
             for name in ("valid", "valid_ndcg")
         ]
@@ -89,7 +89,7 @@ def _at_equal_time(rows: list[dict], trained: dict) -> str:
     return f"At equal wall time: validations when the first training has ended.\n\n{markdown(header, lines)}"
 
 
-def _value_at(found: tuple[list[float], list[float]] | None, end: float) -> str:
+def value_at(found: tuple[list[float], list[float]] | None, end: float) -> str:
     """Between the validations before and after, in a straight line; nothing before the first."""
     if found is None or found[0][0] > end:
         return ""
