@@ -40,3 +40,16 @@ def test_looking_ahead_is_measured_there_and_back(clips, monkeypatch):
     assert layers._ahead_seconds(parameters, {}, clips) > 0
     assert len(calls) > 2 and calls == ["clips" if clips else "goes", "back"] * (len(calls) // 2)
     assert torch.equal(parameters[0], before)
+
+
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [
+        ([(1.0, 4.0), (1.1, 4.4)], (1.0, 1.0)),  # nearly as fast
+        ([(1.0, 4.0), (2.0, 8.8)], (1.0, 2.0)),
+        ([(1.0, 4.0), (1.0, 8.0), (2.0, 4.1)], (1.0, 1.0, 1.0)),  # each was held up once
+        ([(1.0, 4.0), (3.0, 8.0), (2.0, 9.0)], (1.0, 2.0, 2.0)),
+    ],
+)
+def test_a_device_is_slow_if_it_is_in_every_pass(seconds, expected):
+    assert layers.slowdowns_of(seconds) == pytest.approx(expected)

@@ -217,7 +217,7 @@ def _measure(
         dist.all_gather_object(everyone, mine)
         if not kinds:  # ranks of a larger tensor axis wait for each other, and all look alike
             slowdowns = layers.slowdowns_of([one.seconds for one in everyone])
-            pace = mine.seconds / mine.processor_seconds if mine.processor_seconds else 0.0
+            pace = sum(mine.seconds) / mine.processor_seconds if mine.processor_seconds else 0.0
             pace /= slowdowns[dist.get_rank()]
             other = min(one.fused for one in everyone) if fused else None
             optimizer = _Optimizer(min(one.optimizer for one in everyone), other)

@@ -29,6 +29,7 @@ from ds_recsys.topology import Grid
 _BLOCKS = 2
 _ITEMS = 200_000  # most that are tried; a full softmax over more takes longer in proportion
 _SECONDS = 2.5  # spent on a size of micro-batch at least, by each rank; what other processes take from it averages out
+_PASSES = 3  # over micro-batches of a size, at least: other processes take more from one than from the next
 _REPEATS = 3  # of an optimizer step and of a copy
 _ALIKE = 1.15  # devices that differ by less are taken to be equal
 
@@ -39,7 +40,7 @@ class Measured:
 
     Attributes:
         kinds: class name of a layer -> its facts; a block's are the mean of two.
-        seconds: of all micro-batches that were tried, the same ones on all ranks.
+        seconds: of each pass, the same ones on all ranks.
         processor_seconds: what all threads of this process computed in them; 0 on an accelerator.
         optimizer, fused: seconds per parameter of AdamW as the config has it, and of its fused form where that was asked for,
             each with what clips gradients.
@@ -48,7 +49,7 @@ class Measured:
     """
 
     kinds: dict[str, LayerFacts]
-    seconds: float
+    seconds: tuple[float, ...]
     processor_seconds: float
     optimizer: float
     copy: float
@@ -87,12 +88,12 @@ def measure(
     recsys = recsys.model_copy(update={"pipe": 1, "data": world // tensor, "tensor": tensor})
     pipe = build_pipe(recsys, small, None, Grid(1, world // tensor, tensor), None)
     pipe.loss_fn = next_item_loss(pipe, recsys.head, recsys.training.label_smoothing, counts[: items + 1])
-    points, seconds, processor = [], 0.0, 0.0
+    points, seconds, processor = [], (), 0.0
     for size in sizes:
         micro_batches = _micro_batches(windows, recsys, size, items)
         profiles, elapsed, used = _passes(pipe, micro_batches)
         points.append((size, profiles))
-        seconds, processor = seconds + elapsed, processor + used
+        seconds, processor = (*seconds, *elapsed), processor + used
     larger = (model_config.vocab_size - 1) / items if recsys.head.loss == "full" else 1.0
     kinds = _kinds(pipe, points, larger)
     parameters = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
@@ -119,20 +120,21 @@ def _micro_batches(windows, recsys: Recsys, size: int, items: int) -> list:
     return made
 
 
-def _passes(pipe, micro_batches: list) -> tuple[dict[int, LayerProfile], float, float]:
-    """(layers of one pass, mean; seconds and processor seconds of all) over as many passes as all ranks agree on."""
+def _passes(pipe, micro_batches: list) -> tuple[dict[int, LayerProfile], list[float], float]:
+    """(layers of one pass, mean; seconds of each; processor seconds of all), as many passes as all ranks agree on."""
     device = next(pipe.parameters()).device
     moved = [_to(device, one) for one in micro_batches]
     clock = clock_of_this_device()
     _pass(pipe, moved[0], clock)  # allocates
     found: list[dict[int, LayerProfile]] = []
-    spent = used = 0.0
-    done = False
+    seconds: list[float] = []
+    used, done = 0.0, False
     while not done:
         begin, processor = time.perf_counter(), time.process_time()
         found.append(_pass(pipe, moved[len(found) % len(moved)], clock))
-        spent, used = spent + time.perf_counter() - begin, used + time.process_time() - processor
-        enough = torch.tensor(float(spent >= _SECONDS), device=device)
+        seconds.append(time.perf_counter() - begin)
+        used += time.process_time() - processor
+        enough = torch.tensor(float(len(found) >= _PASSES and sum(seconds) >= _SECONDS), device=device)
         dist.all_reduce(enough, op=dist.ReduceOp.MIN)
         done = bool(enough)
     if device.type != "cpu":
@@ -146,7 +148,7 @@ def _passes(pipe, micro_batches: list) -> tuple[dict[int, LayerProfile], float, 
         )
         for layer in found[0]
     }
-    return mean, spent, used
+    return mean, seconds, used
 
 
 def _pass(pipe, micro_batch, clock) -> dict[int, LayerProfile]:
@@ -279,7 +281,11 @@ def on_fastest(measured: Sequence[Measured], slowdowns: Sequence[float], tensor:
     }
 
 
-def slowdowns_of(seconds: Sequence[float]) -> tuple[float, ...]:
-    """Of devices that took these for the same work, against the fastest; those nearly as fast count as equal."""
-    fastest = min(seconds)
-    return tuple(1.0 if one < _ALIKE * fastest else one / fastest for one in seconds)
+def slowdowns_of(seconds: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Of devices that took these for the same passes, against the fastest of each pass.
+
+    The pass in which a device does best counts, for a slow device is slow in all of them. Those nearly as fast are equal.
+    """
+    fastest = [min(one) for one in zip(*seconds, strict=True)]
+    found = [min(took / least for took, least in zip(mine, fastest, strict=True)) for mine in seconds]
+    return tuple(1.0 if one < _ALIKE else one for one in found)
