@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ds_recsys.balance.layer_sample import LayerProfile
 from ds_recsys.planner import layers
 
 
@@ -53,3 +54,11 @@ def test_looking_ahead_is_measured_there_and_back(clips, monkeypatch):
 )
 def test_a_device_is_slow_if_it_is_in_every_pass(seconds, expected):
     assert layers.slowdowns_of(seconds) == pytest.approx(expected)
+
+
+def test_a_size_of_micro_batch_has_three_passes_at_least(monkeypatch):
+    monkeypatch.setattr(layers, "_pass", lambda *_: {0: LayerProfile(1.0, 2.0, 0, 0)})
+    monkeypatch.setattr(layers.dist, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(layers, "_SECONDS", 0.0)
+    profiles, seconds, _ = layers._passes(nn.Linear(1, 1), [torch.zeros(1)])
+    assert len(seconds) == 3 and profiles[0].backward == 2.0

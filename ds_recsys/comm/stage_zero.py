@@ -84,7 +84,8 @@ class StageZeroGradients:
             with self._backend.gradient_scope(self._group, partial(self._reducer.all_reduce, tensors=tensors)):
                 averages = compat.average_gradients(self._engine, [gradient for _, gradient in dense])
             for (parameter, gradient), average in zip(dense, averages, strict=True):
-                if self._fp32 or gradient.device.type != "cpu":  # where another stream may still read the gradient
+                # an accumulator lasts, and a gradient on a GPU may still be read by another stream
+                if self._fp32 or gradient.device.type != "cpu":
                     gradient.copy_(average)
                 else:
                     parameter.grad = average

@@ -48,7 +48,7 @@ def known(saved: dict | None) -> Choice | None:
 
 
 def choose(config: Config, model_config: PreTrainedConfig, windows, counts: torch.Tensor) -> Choice:
-    """What `config` leaves open, decided by measuring. Collective over the world, once; well under a minute.
+    """What `config` leaves open, decided by measuring. Collective over the world, once.
 
     Args:
         config: not resolved yet; what it sets by hand is kept.

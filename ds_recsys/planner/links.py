@@ -20,6 +20,7 @@ _VALUES = 1_000_000  # of a sum that is timed
 _SECONDS = 0.5  # spent on each measurement at least, in two runs or more
 _LONG = 2.0  # a run that takes these is not repeated
 _PRODUCT = 50_000_000  # multiplications of a product of matrices, milliseconds on a core
+_WIDTH = 1024  # of these matrices at most: they are made for the measurement only
 _MESSAGES = (4_096, 1_000_000)  # bytes
 _ROUNDS = 5  # of hosts in pairs
 
@@ -71,7 +72,8 @@ def _measure_sum(group: dist.ProcessGroup, block: Compression, pace: float, widt
 
 def _beside_compute(work: Callable, width: int) -> Callable:
     """`work` in a thread of its own, as the reducer's is, while this one multiplies matrices as a decoder layer does."""
-    rows = max(1, _PRODUCT // (4 * width * width))
+    width = min(width, _WIDTH)
+    rows = _PRODUCT // (4 * width * width)
     left, right = torch.randn(rows, width), torch.randn(width, 4 * width)
     product = torch.empty(rows, 4 * width)
 

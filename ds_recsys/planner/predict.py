@@ -287,6 +287,6 @@ def _exposed(facts: Facts, plan: Plan, zero_stage: int, stage: _Stage, step: flo
         free = max(free, now)
         values = covered(sum(stage.values[start:stop]), max(0.0, end - free))
         beside, free, stop = beside + values, free + passing * values, start
-    rows = facts.sums[plan.data, plan.tensor]["none"].seconds * stage.rows * plan.data / 2
     # a ring's sum of N ranks sends 2 (N - 1) / N of a value, rows N - 1
+    rows = facts.sums[plan.data, plan.tensor]["none"].seconds * stage.rows * plan.data / 2
     return processor * beside + cost.seconds * (stage.total - beside) + rows

@@ -102,7 +102,7 @@ def table(rows: list[dict]) -> str:
                 f"**{one.ours:.2f}**", f"{one.ideal / one.ours:.0%}", f"{one.single / one.ours:.2f}",
                 f"{one.vanilla / one.ours:.2f}" if one.vanilla else "", f"{one.gap_closed:.0%}", busy,
             ])  # fmt: skip
-        plan = next((row for row in rows if row["kind"] == "plan" and _cell(row) == cell), None)
+        plan = _plan(rows, cell)
         if plan:
             chosen.append([*place, _said(plan["values"])])
         parts += [[*place, name, f"{took:.2f}", f"{ratio:.2f}"] for name, took, ratio in _without(rows, cell)]
@@ -137,7 +137,7 @@ def _at_equal_time(rows: list[dict], trained: dict[tuple, dict]) -> str:
     lines, dense = [], trained.get(("sync", "none"))
     for cell in _cells(rows):
         one = _Compared(rows, cell)
-        plan = next((row for row in rows if row["kind"] == "plan" and _cell(row) == cell), None)
+        plan = _plan(rows, cell)
         ours = trained.get(way_of(plan["values"])) if plan else None
         if not (one.whole and dense and ours) or cell[1] >= _HEAVY:  # the trainings are over the smaller catalogue
             continue
@@ -153,6 +153,10 @@ def _at_equal_time(rows: list[dict], trained: dict[tuple, dict]) -> str:
     header = ["cluster", "links", "best single mode, of its steps", "its NDCG@10", "ours"]
     text = "In equal time: validation NDCG@10, mean over seeds, when ours has made all steps of these trainings."
     return f"{text}\n\n{markdown(header, lines)}" if lines else ""
+
+
+def _plan(rows: list[dict], cell: Cell) -> dict | None:
+    return next((row for row in rows if row["kind"] == "plan" and _cell(row) == cell), None)
 
 
 def way_of(values: dict) -> tuple[str, str]:
