@@ -1,11 +1,12 @@
 """launch/bench.py hybrid: its figures as a function of the rows, what it switches off, a smoke run on a cluster."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
 import pytest
 from bench_runs import quick_run, whole_grid
-from benchmarks import hybrid, hybrid_ablation, hybrid_report
+from benchmarks import hybrid, hybrid_ablation, hybrid_report, hybrid_scaling
 
 from ds_recsys.simulation import network
 from ds_recsys.simulation.cgroups import CpuController
@@ -131,6 +132,18 @@ def test_what_is_switched_off_is_what_the_plan_uses():
     assert whole["recsys.data"] == 4 and whole["train_micro_batch_size_per_gpu"] == 16
 
 
+def test_scaling_has_the_same_links_for_all_numbers_of_devices(monkeypatch):
+    four, eight = ({"rank_seconds": [seconds] * n, "parameters": 1000} for n, seconds in ((4, 4.0), (8, 8.0)))
+    assert hybrid_scaling.link_rate(eight, batch=128) == pytest.approx(hybrid_scaling.link_rate(four, batch=64))
+    used = []
+    monkeypatch.setattr(hybrid_scaling, "_on", lambda *arguments: used.append(arguments[4]) or [])
+    monkeypatch.setattr(hybrid_scaling, "Arms", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("ds_recsys.simulation.Cluster", lambda _: contextlib.nullcontext())
+    links = {"kind": "scaling", "growth": "weak", "devices": 4, "batch": 64, "mode": "links", "rate": 5.0}
+    list(hybrid_scaling.scaling(SimpleNamespace(devices=[8]), [links]))
+    assert used == [None, 5.0]  # strong, weak
+
+
 def test_a_part_shows_what_was_kept_of_the_others_and_only_whole_cells(tmp_path):
     cells = [{**row, "preset": "p"} for row in ROWS[1:4]]
     whole = {"kind": "whole", "topology": "2x2", "items": 1682, "ratio": 1.02, "preset": "p"}
@@ -144,6 +157,13 @@ def test_a_part_shows_what_was_kept_of_the_others_and_only_whole_cells(tmp_path)
         resume=file, quick=False, part=["quality"], topologies=["2x2"], items=[1682], presets=["p"], seeds=[0], epochs=2
     )
     assert list(hybrid.measure(options)) == [*cells, whole, *parts, *scaled, *trained]
+
+
+def test_what_has_no_clusters_has_no_plot(tmp_path):
+    hybrid.plot([{"kind": "scaling", "growth": "weak", "devices": 2, "batch": 32, "mode": "whole"}], tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+    hybrid.plot(ROWS, tmp_path / "b.png")
+    assert (tmp_path / "b.png").exists()
 
 
 @whole_grid

@@ -205,8 +205,10 @@ def _mean_and_noise(seeds: dict[int, dict], name: str) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """A panel per cluster and catalogue: shares of the ideal, over the links."""
+    """A panel per cluster and catalogue: shares of the ideal, over the links; no file where no cluster was measured."""
     cells = _cells(rows)
+    if not cells:
+        return
     places = list(dict.fromkeys(cell[:2] for cell in cells))
     ratios = sorted({cell[2] for cell in cells})
     bars = ("best single mode", HYBRID, OURS)

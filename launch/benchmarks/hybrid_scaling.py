@@ -25,14 +25,14 @@ def scaling(options, kept: list[dict]) -> Iterator[dict]:
     from ds_recsys.simulation import Cluster, load_spec
 
     for growth in ("strong", "weak"):
-        rate = None
+        same = [row for row in kept if row["kind"] == "scaling" and row["growth"] == growth]
+        rate = next((row["rate"] for row in same if "rate" in row), None)
         for devices in sorted(options.devices, key=lambda n: (n != 4, n)):  # four first: the rate follows from them
             hosts = {"count": devices, "devices": 1, "speed": _SPEED}
             batch = _BATCH if growth == "strong" else _SHARE * devices
             place = {"kind": "scaling", "growth": growth, "devices": devices, "batch": batch}
-            found = [row for row in kept if place.items() <= row.items()]
+            found = [row for row in same if place.items() <= row.items()]
             if any(row["mode"] == "whole" for row in found):
-                rate = next((row["rate"] for row in found if "rate" in row), rate)
                 yield from found
                 continue
             with (
@@ -47,8 +47,6 @@ def scaling(options, kept: list[dict]) -> Iterator[dict]:
 
 
 def _on(cluster, arms: Arms, devices: int, batch: int, rate: float | None, options) -> Iterator[dict]:
-    from ds_recsys.simulation.presets import PRESETS
-
     common = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": batch // devices}
     world = {**baselines.settings(1682, (1, devices, 1), 0, options.quick), **common}
     names, counts = [DDP], [devices, 4 * devices]
@@ -61,8 +59,7 @@ def _on(cluster, arms: Arms, devices: int, batch: int, rate: float | None, optio
         arms.ready(counts)
     alone = arms.measure(DDP, counts[0], alone=True)
     if rate is None:
-        mean = sum(alone["rank_seconds"]) / devices
-        rate = PRESETS[PRESET].rate(4 * alone["parameters"], mean / 4, 4)
+        rate = link_rate(alone, batch)
         yield {"mode": "links", "rate": rate}
     turns = {f"{ALONE}|{m}": Turn(cluster, arms, DDP, m) for m in counts}
     if devices > 1:
@@ -81,3 +78,15 @@ def _on(cluster, arms: Arms, devices: int, batch: int, rate: float | None, optio
     for row in interleaved(turns, options.repeats, warmup=0, budget_s=options.seconds, progress=arms.label):
         mode, m = row.pop("arm").split("|")
         yield {"mode": mode, "micro_batches": int(m), **row}
+
+
+def link_rate(alone: dict, batch: int) -> float:
+    """Bits a second, the same for all numbers of devices: those of the preset for 64 windows on four.
+
+    Args:
+        alone: a measurement of each device by itself over `batch` windows.
+    """
+    from ds_recsys.simulation.presets import PRESETS
+
+    each = sum(alone["rank_seconds"]) / len(alone["rank_seconds"]) / batch
+    return PRESETS[PRESET].rate(4 * alone["parameters"], each * _BATCH / 4, 4)
